@@ -1,0 +1,112 @@
+"""Secateur prunes large language models and hands back a checkpoint that ordinary tools load.
+
+The same stages as the command line::
+
+    import secateur
+
+    secateur.prune("smollm2", "smaller", criterion="taylor", unit="channel", ratio=0.25)
+    model = secateur.load("smaller")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "apply", "evaluate", "load", "plan", "prune", "recover"]
+
+if TYPE_CHECKING:
+    from secateur.evaluation import Evaluation
+    from secateur.plan import Plan
+    from secateur.run import Result
+
+# Everything heavy is imported when it is called, so that `import secateur` and `secateur --help` stay fast.
+
+
+def prune(
+    model: str,
+    out: str | Path,
+    *,
+    recipe: str | Path | None = None,
+    evaluate_on: str | None = None,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    **fields: Any,
+) -> Result:
+    """Prune ``model`` into the folder ``out``.
+
+    Args:
+        model: folder, GGUF file, hub id or ``smollm2``.
+        recipe: a YAML file with the same fields; ``fields`` win.
+        evaluate_on: text to measure perplexity on, before and after.
+        fields: any field of ``secateur.recipe.Recipe``: ``criterion``, ``unit``, ``ratio``, ``calibration``, ...
+
+    Raises:
+        secateur.errors.SecateurError: anything the caller can mend, in one sentence; nothing is left behind.
+    """
+    from secateur import run
+    from secateur.recipe import recipe_from
+
+    chosen = recipe_from(_path(recipe), model=str(model), **fields)
+    return run.prune(chosen, Path(out), overwrite, evaluate_on, push_to_hub)
+
+
+def plan(
+    model: str, out: str | Path | None = None, *, recipe: str | Path | None = None, overwrite: bool = False, **fields: Any
+) -> Plan:
+    """Decide what would leave, as ``prune`` does, and return the plan; saved to ``out`` where given."""
+    from secateur import run
+    from secateur.recipe import recipe_from
+
+    chosen = recipe_from(_path(recipe), model=str(model), **fields)
+    made, _ = run.make_plan(chosen, _path(out), overwrite)
+    return made
+
+
+def apply(
+    plan: str | Path, out: str | Path, *, model: str | None = None, overwrite: bool = False, push_to_hub: str | None = None
+) -> Result:
+    """Carry out a saved plan."""
+    from secateur import run
+
+    return run.apply(Path(plan), Path(out), model, overwrite, push_to_hub)
+
+
+def recover(
+    model: str | Path,
+    out: str | Path,
+    *,
+    data: str = "self",
+    windows: int = 256,
+    window_length: int = 256,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    **settings: Any,
+) -> Result:
+    """Tune a pruned model with LoRA, merge, and save it to ``out``; ``settings`` are fields of ``LoraSettings``."""
+    from secateur.recovering import recover_folder
+    from secateur.recovery import LoraSettings
+
+    chosen = LoraSettings(**settings)
+    return recover_folder(str(model), Path(out), data, windows, window_length, chosen, overwrite, push_to_hub)
+
+
+def evaluate(models: str | Path | Sequence[str | Path], **options: Any) -> Evaluation:
+    """Measure one model, or several side by side; ``options`` as in ``secateur.measuring.evaluate_models``."""
+    from secateur.measuring import evaluate_models
+
+    several = [models] if isinstance(models, str | Path) else models
+    return evaluate_models([str(model) for model in several], **options)
+
+
+def load(folder: str | Path, **options: Any) -> Any:
+    """Load any output of Secateur as the transformers model it is, blocks of different sizes included."""
+    from secateur import loading
+
+    return loading.load(folder, **options)
+
+
+def _path(value: str | Path | None) -> Path | None:
+    return None if value is None else Path(value)

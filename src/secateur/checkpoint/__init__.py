@@ -1,0 +1,1 @@
+"""Opening, verifying and writing model folders."""

@@ -1,0 +1,127 @@
+"""The model without its weights: every parameter on the meta device, buffers that are computed real."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.checkpoint.uneven import PrunedForCausalLM, largest_module_list
+from secateur.console import quiet_libraries
+from secateur.errors import ModelError, StructureError
+
+
+class Skeleton:
+    """A weightless model of transformers and where its decoder blocks stand.
+
+    Attributes:
+        model: the model; parameters on meta, float32 wherever weights are brought in.
+        blocks: its decoder blocks.
+        blocks_name: their qualified name, for example ``model.layers``.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        try:
+            self.blocks = largest_module_list(model)
+        except ValueError as error:
+            raise StructureError(f"{type(model).__name__} has no list of like blocks to prune") from error
+        self.blocks_name = next(name for name, module in model.named_modules() if module is self.blocks)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def block_prefix(self, index: int) -> str:
+        """The name before a block's parameters, for example ``model.layers.3.``"""
+        return f"{self.blocks_name}.{index}."
+
+    def block_names(self, index: int) -> list[str]:
+        """Names of block ``index``'s stored tensors, as the block itself calls them."""
+        return list(self.blocks[index].state_dict().keys())
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Every stored tensor's shape by its full name; of tensors tied together, all names."""
+        return {name: tensor.shape for name, tensor in self.model.state_dict().items()}
+
+    def tied(self) -> dict[str, str]:
+        """Names that share another's tensor -> the name that is stored for both."""
+        return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
+
+    def prunable(self, index: int) -> dict[str, nn.Linear]:
+        """The matrices of block ``index`` that masks may touch: every ``nn.Linear`` (methods: the "prunable set").
+
+        Raises:
+            StructureError: the block keeps matrices in other modules, which masks would silently leave dense.
+        """
+        block = self.blocks[index]
+        found = {f"{name}.weight": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        others = [name for name, parameter in block.named_parameters() if parameter.dim() >= 2 and name not in found]
+        if others:
+            raise StructureError(
+                f"block {index} of {type(self.model).__name__} keeps the matrix '{others[0]}' outside nn.Linear, "
+                "which is not supported yet; prune another model"
+            )
+        return found
+
+
+def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model's config.
+
+    Raises:
+        ModelError: it cannot be read, or asks for remote code that was not allowed.
+    """
+    quiet_libraries()
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder / 'config.json'} cannot be used: {reason}") from error
+    if is_uneven(config):
+        return config
+    remote = getattr(config, "auto_map", None)
+    if remote and "AutoModelForCausalLM" in remote and not trust_remote_code:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError(f"{folder} asks to run its own code; read it, and allow it with --trust-remote-code")
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{folder} is quantised; give the model in bf16, fp16 or fp32")
+    return config
+
+
+def is_uneven(config: Any) -> bool:
+    """Whether ``config`` describes a Secateur output whose blocks differ in size."""
+    return "secateur" in str((getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
+
+
+def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:
+    """Build the model that ``config`` describes without memory for its weights.
+
+    Raises:
+        ModelError: transformers cannot build a causal language model from it.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    try:
+        # Buffers stay real: rotary frequencies are computed, not stored. Without initialisation their cost is small.
+        with no_init_weights(), init_empty_weights(include_buffers=False):
+            if is_uneven(config):
+                model = PrunedForCausalLM._from_config(config, dtype=torch.float32)
+            else:
+                model = AutoModelForCausalLM.from_config(
+                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"no model can be built from this config: {reason}") from error
+    model.eval()
+    model.tie_weights()  # replacing parameters by weightless ones has undone the ties
+    model.requires_grad_(False)
+    return Skeleton(model)

@@ -1,0 +1,22 @@
+"""What each weight is worth: one small file a criterion, listed here and nowhere else."""
+
+from secateur.criteria.base import Criterion, parse_criterion
+from secateur.criteria.gblm import GBLM
+from secateur.criteria.magnitude import Magnitude
+from secateur.criteria.random import Random
+from secateur.criteria.taylor import Taylor
+from secateur.criteria.wanda import Wanda
+
+CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor)}
+
+
+def criterion_from(text: str) -> Criterion:
+    """The criterion that ``"name:option=value,..."`` describes.
+
+    Raises:
+        RecipeError: unknown name, option or value; the nearest known one is suggested.
+    """
+    return parse_criterion(text, CRITERIA)
+
+
+__all__ = ["CRITERIA", "Criterion", "criterion_from"]

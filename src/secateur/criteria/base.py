@@ -1,0 +1,106 @@
+"""The contract of a criterion, and how its options ride on its name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from secateur.errors import RecipeError, suggest
+from secateur.statistics import Statistic
+
+Propagation = Literal["dense", "pruned"]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix as a criterion sees it: its float32 weight, its name and the statistics the criterion asked for."""
+
+    name: str
+    weight_OI: torch.Tensor
+    statistics: Mapping[type[Statistic], Statistic] = field(default_factory=dict)
+    seed: int = 0
+
+    def of(self, kind: type[Any]) -> Any:
+        """The gathered statistic of this kind."""
+        return self.statistics[kind]
+
+
+class Options(BaseModel):
+    """Base of every criterion's options: unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Criterion(ABC):
+    """A score for every weight; higher is worth more. Units sum up what their weights are worth.
+
+    Attributes:
+        name: how users call it.
+        propagation: the default of ``--propagate``, as the method was published.
+        options_type: the options that ride on the name.
+    """
+
+    name: ClassVar[str]
+    propagation: ClassVar[Propagation] = "dense"
+    options_type: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Options | None = None) -> None:
+        self.options: Any = options if options is not None else self.options_type()
+
+    def needs(self) -> frozenset[type[Statistic]]:
+        """The statistics that ``score_OI`` reads; the sweep gathers exactly these."""
+        return frozenset()
+
+    @abstractmethod
+    def score_OI(self, matrix: Matrix) -> torch.Tensor:
+        """What each weight contributes, ``(O, I)`` float32; shape of the weight."""
+
+    def weight_score_OI(self, matrix: Matrix) -> torch.Tensor:
+        """The score of single weights (unit ``weight`` and N:M)."""
+        return self.score_OI(matrix)
+
+    def channel_score(self, contribution_OI: torch.Tensor, dim: int) -> torch.Tensor:
+        """The score of each row (``dim=0``) or column (``dim=1``) from its weights' contributions."""
+        return contribution_OI.sum(dim=1 - dim)
+
+    def __str__(self) -> str:
+        chosen = ",".join(f"{key}={_text(value)}" for key, value in self.options.model_dump().items())
+        return f"{self.name}:{chosen}" if chosen else self.name
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def parse_criterion(text: str, known: Mapping[str, type[Criterion]]) -> Criterion:
+    """Read ``"name:option=value,option=value"``.
+
+    Raises:
+        RecipeError: unknown name, option or value.
+    """
+    name, _, rest = text.strip().partition(":")
+    if name not in known:
+        raise RecipeError(f"there is no criterion '{name}'{suggest(name, known)}")
+    kind = known[name]
+    given: dict[str, str] = {}
+    for part in filter(None, (piece.strip() for piece in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not value:
+            raise RecipeError(f"'{part}' in --criterion {text} is not of the form option=value")
+        if key not in kind.options_type.model_fields:
+            fields = kind.options_type.model_fields
+            there = suggest(key, fields) if fields else " (it has none)"
+            raise RecipeError(f"the criterion {name} has no option '{key}'{there}")
+        given[key] = value
+    try:
+        return kind(kind.options_type(**given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(
+            f"the option {name}:{'.'.join(map(str, first['loc']))} cannot be '{first['input']}': {first['msg'].lower()}"
+        ) from error

@@ -1,0 +1,99 @@
+"""The main job on a real model: SmolLM2's MLP channels cut by a quarter, recovered, measured and loaded."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.panel import Panel
+
+from secateur.checkpoint.source import resolve_model
+from secateur.console import log
+from secateur.evaluation import continuations, evaluate
+from secateur.loading import load
+from secateur.recipe import recipe_from
+from secateur.recovering import recover_folder
+from secateur.recovery import LoraSettings
+from secateur.run import prune
+
+PROMPT = "The three most important things to know about growing apple trees are"
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much text the demo uses: calibration windows, training windows, their length, test windows."""
+
+    calibration: int
+    training: int
+    length: int
+    steps: int
+    test: int
+
+
+FULL = DemoSize(calibration=24, training=192, length=128, steps=40, test=12)
+QUICK = DemoSize(calibration=8, training=8, length=96, steps=4, test=3)
+
+
+def run_demo(out: Path, quick: bool = False) -> None:
+    """Prune, recover, evaluate and show. Nothing is fetched; what has been finished before is not done again."""
+    started = time.monotonic()
+    console = Console()
+    size = QUICK if quick else FULL
+    out = out / "quick" if quick else out
+    log.info("[1/4] Pruning a quarter of SmolLM2-135M's MLP channels by first-order Taylor on text it writes itself.")
+    recipe = recipe_from(
+        model="smollm2",
+        criterion="taylor",
+        unit="channel",
+        ratio=0.25,
+        calibration="self",
+        windows=size.calibration,
+        window_length=size.length,
+    )
+    pruned = prune(recipe, out / "pruned")
+    log.info("[2/4] Recovering: LoRA for %d short steps, merged afterwards.", size.steps)
+    settings = LoraSettings(steps=size.steps, batch_size=8, micro_batch=8, learning_rate=1e-3, held_out=4)
+    recovered = recover_folder(
+        str(out / "pruned"), out / "recovered", "self", size.training, size.length, settings
+    )
+    assert pruned.folder is not None
+    assert recovered.folder is not None
+    folders = {
+        "dense": resolve_model("smollm2").folder,
+        "pruned": pruned.folder,
+        "recovered": recovered.folder,
+    }
+    log.info("[3/4] Measuring all three on text that none of them wrote: the documentation inside Python itself.")
+    evaluation = evaluate(folders, text="python-docs", window_length=512, max_windows=size.test, load=load)
+    log.info("[4/4] Letting each continue the same sentence.")
+    written = _continuations(folders)
+    console.print()
+    console.print(evaluation.table())
+    console.print(evaluation.protocol, style="dim")
+    console.print()
+    for name, text in written.items():
+        console.print(Panel(f"[dim]{PROMPT}[/dim]{text}", title=name, title_align="left"))
+    console.print(f"Done in {time.monotonic() - started:.0f} s. The smaller model is in [bold]{recovered.folder}[/bold]; load it with:\n")
+    console.print(_three_lines(recovered.folder), highlight=False, soft_wrap=True)
+
+
+def _continuations(folders: dict[str, Path]) -> dict[str, str]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folders["dense"])
+    written: dict[str, str] = {}
+    for name, folder in folders.items():
+        model: Any = load(folder)
+        written |= continuations({name: model}, tokenizer, PROMPT, max_new_tokens=40)
+    return written
+
+
+def _three_lines(folder: Path) -> str:
+    return (
+        "    from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'    model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+        f'    tokenizer = AutoTokenizer.from_pretrained("{folder}")\n'
+    )

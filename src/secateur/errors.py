@@ -1,0 +1,50 @@
+"""The errors a user can act on: each is one sentence that says what, where and what to do.
+
+Everything below ``SecateurError`` ends a command with exit code 2, its sentence on stderr and no traceback.
+Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class SecateurError(Exception):
+    """Base of every error whose message is written for the user."""
+
+
+class ModelError(SecateurError):
+    """The model cannot be opened or used: missing, damaged, mismatched or of an unsupported form."""
+
+
+class CalibrationError(SecateurError):
+    """The calibration or evaluation text cannot be turned into token windows."""
+
+
+class RecipeError(SecateurError):
+    """What was asked for is not possible: an unknown name, an option or ratio out of range, a contradiction."""
+
+
+class StructureError(SecateurError):
+    """The model's structure cannot be traced or a unit cannot be removed safely."""
+
+
+class PlanError(SecateurError):
+    """A saved plan is damaged, or belongs to another model."""
+
+
+class OutputError(SecateurError):
+    """The result cannot be written or did not pass its check after writing."""
+
+
+class ResourceError(SecateurError):
+    """Too little memory or disk."""
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'? (there are a, b, x)"`` for an unknown ``name``."""
+    names = sorted(known)
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+    return f"{hint} (there are: {', '.join(names)})"

@@ -1,0 +1,181 @@
+"""Several models side by side: the same text, the same machine, taking turns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from secateur import loading
+from secateur.calibration import TokenWindows, text_windows
+from secateur.errors import SecateurError
+from secateur.evaluation.efficiency import Size, Speed, measure_speed, size_of
+from secateur.evaluation.perplexity import Perplexity, perplexity
+from secateur.files import human_bytes, human_count
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DEFAULT_MAX_WINDOWS = 32
+SPEED_TOKENS = 128
+"""Tokens of the forward that is timed and whose MACs are counted: a prompt of ordinary length."""
+
+LEFT_TO_RIGHT_RATIOS = 3
+"""With more models than this, ratios to the first would not fit a terminal of 100 columns."""
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """All that was measured of one model; ``speed`` is None where it was not asked for."""
+
+    folder: str
+    perplexity: Perplexity
+    size: Size
+    speed: Speed | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Models by name, in the order given; ratios are to the first.
+
+    Attributes:
+        models: the figures of each.
+        protocol: what perplexity and speed were measured on and how, for people.
+        text: the text source as given.
+        windows_sha256: identifies the token windows exactly.
+    """
+
+    models: dict[str, ModelFigures]
+    protocol: str
+    text: str
+    windows_sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain dicts, strings and numbers."""
+        return asdict(self)
+
+    def table(self) -> Table:
+        """The figures for people, one model a column, in at most 100 columns of text."""
+        from rich.box import SIMPLE_HEAD
+        from rich.table import Table
+
+        with_ratios = 1 < len(self.models) <= LEFT_TO_RIGHT_RATIOS
+        first = next(iter(self.models))
+        table = Table(box=SIMPLE_HEAD, header_style="bold")
+        table.add_column("")
+        for name in self.models:
+            table.add_column(name, justify="right", overflow="fold")
+            if with_ratios and name != first:
+                table.add_column("ratio", justify="right", style="dim", no_wrap=True)
+        for label, value, shown in self._rows():
+            cells = [label]
+            for name, figures in self.models.items():
+                cells.append(shown(figures))
+                if with_ratios and name != first:
+                    cells.append(f"{value(figures) / value(self.models[first]):.2f}×")
+            table.add_row(*cells)
+        return table
+
+    def _rows(self) -> list[tuple[str, Callable[[ModelFigures], float], Callable[[ModelFigures], str]]]:
+        """Label, number and shown text of each row."""
+        rows: list[tuple[str, Callable[[ModelFigures], float], Callable[[ModelFigures], str]]] = [
+            ("perplexity (lower is better)", lambda m: m.perplexity.value, lambda m: f"{m.perplexity.value:,.2f}"),
+            ("parameters", lambda m: m.size.parameters, lambda m: human_count(m.size.parameters)),
+            (
+                "parameters not zero",
+                lambda m: m.size.nonzero_parameters,
+                lambda m: human_count(m.size.nonzero_parameters),
+            ),
+            ("weights on disk", lambda m: m.size.bytes_on_disk, lambda m: human_bytes(m.size.bytes_on_disk)),
+            ("MACs per token", lambda m: m.size.macs_per_token, lambda m: human_count(m.size.macs_per_token)),
+        ]
+        if all(figures.speed for figures in self.models.values()):
+            rows += [
+                ("forward latency", lambda m: _speed(m).latency, lambda m: _latency(_speed(m))),
+                (
+                    "tokens a second",
+                    lambda m: _speed(m).tokens_per_second,
+                    lambda m: f"{_speed(m).tokens_per_second:,.0f}",
+                ),
+            ]
+        return rows
+
+
+def evaluate(
+    models: Mapping[str, Path],
+    *,
+    text: str = "python-docs",
+    window_length: int | None = None,
+    max_windows: int | None = DEFAULT_MAX_WINDOWS,
+    load: Callable[[Path], nn.Module] | None = None,
+    speed: bool = True,
+    repeats: int = 7,
+    batch_size: int = 1,
+) -> Evaluation:
+    """Measure models on the same token windows, cut with the first one's tokenizer.
+
+    With ``speed`` all models are in memory together, since they take turns; without it one at a time.
+
+    Args:
+        models: name to folder; the first is what the others are compared with.
+        text: as ``--calibration``, but not ``self``.
+        window_length: tokens of context; 512 by default, what it holds for a safetensors file.
+        max_windows: how many windows from the start of the text; None takes all.
+        load: turns a folder into a model; by default ``secateur.load`` in float32, safetensors only.
+        speed: whether to time them.
+        repeats: how often each is timed.
+        batch_size: windows at once for perplexity; latency is always of one sequence.
+
+    Raises:
+        CalibrationError: the text cannot be used.
+        ModelError: a model does not load.
+        SecateurError: no models, or a perplexity that is not finite.
+    """
+    if not models:
+        raise SecateurError("there is no model to evaluate; name at least one")
+    load = load or _load_safetensors
+    windows = text_windows(text, next(iter(models.values())), window_length, max_windows)
+    prompt_1T = windows.ids_NT[:1, :SPEED_TOKENS]
+    figures: dict[str, tuple[Perplexity, Size]] = {}
+    resident: dict[str, nn.Module] = {}
+    for name, folder in models.items():
+        model = load(folder)
+        figures[name] = perplexity(model, windows, batch_size), size_of(model, folder, prompt_1T)
+        if speed:
+            resident[name] = model
+        keep = model
+    speeds = measure_speed(resident, prompt_1T, repeats) if speed else {}
+    measured = {name: ModelFigures(str(models[name]), *figures[name], speeds.get(name)) for name in models}
+    return Evaluation(measured, _protocol(measured, windows, prompt_1T.shape[1]), text, windows.sha256)
+
+
+def _load_safetensors(folder: Path) -> nn.Module:
+    model: nn.Module = loading.load(folder, use_safetensors=True)
+    return model
+
+
+def _protocol(models: Mapping[str, ModelFigures], windows: TokenWindows, prompt: int) -> str:
+    # All models saw the same windows; their lines can only differ in the dtype.
+    lines = list(dict.fromkeys(figures.perplexity.protocol for figures in models.values()))
+    timed = next(iter(models.values())).speed
+    text = f"Perplexity: {' / '.join(lines)}. MACs: one forward over {prompt} tokens, head included."
+    if timed:
+        text += (
+            f" Speed: one forward over {timed.tokens} tokens without cache, median of {timed.repeats} ± half the "
+            "distance between the quartiles, models taking turns."
+        )
+    return text
+
+
+def _speed(figures: ModelFigures) -> Speed:
+    assert figures.speed is not None
+    return figures.speed
+
+
+def _latency(speed: Speed) -> str:
+    milliseconds, spread = 1000 * speed.latency, 1000 * speed.latency_spread
+    digits = 0 if milliseconds >= 100 else 1
+    return f"{milliseconds:,.{digits}f} ± {spread:,.{digits}f} ms"

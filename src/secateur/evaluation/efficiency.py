@@ -1,0 +1,174 @@
+"""How large a model is and how fast it runs.
+
+Shape legend: ``B`` batch, ``T`` tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from secateur.console import track
+from secateur.errors import ModelError, SecateurError
+from secateur.evaluation.perplexity import evaluating
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model holds.
+
+    Attributes:
+        parameters: numbers in its weights, tied tensors once.
+        nonzero_parameters: those that are not zero.
+        bytes_on_disk: of its weight files.
+        macs_per_token: multiply-accumulates of one forward, a token, head included.
+    """
+
+    parameters: int
+    nonzero_parameters: int
+    bytes_on_disk: int
+    macs_per_token: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long one forward over ``(B, T)`` takes, and how many tokens a second that is.
+
+    Attributes:
+        latency: median over the repeats, seconds.
+        latency_spread: half the distance between the quartiles, seconds: half the repeats lie about this near.
+        tokens_per_second: B × T / latency.
+        tokens_per_second_spread: the same, in tokens a second.
+        tokens: B × T.
+        repeats: how often it was measured.
+    """
+
+    latency: float
+    latency_spread: float
+    tokens_per_second: float
+    tokens_per_second_spread: float
+    tokens: int
+    repeats: int
+
+
+def size_of(model: nn.Module, folder: Path, ids_BT: torch.Tensor) -> Size:
+    """Count what ``model``, loaded from ``folder``, holds; MACs are counted on one forward over ``ids_BT``.
+
+    Raises:
+        ModelError: the folder holds no weight files.
+    """
+    weights = list(model.parameters())
+    return Size(
+        parameters=sum(weight.numel() for weight in weights),
+        nonzero_parameters=sum(int(weight.count_nonzero()) for weight in weights),
+        bytes_on_disk=bytes_on_disk(folder),
+        macs_per_token=macs_per_token(model, ids_BT),
+    )
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes of the safetensors files a loader would read: those of the index, else all beside the config.
+
+    Raises:
+        ModelError: there are none, or one that the index names is missing.
+    """
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            files = [folder / name for name in sorted(names)]
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        total = sum(file.stat().st_size for file in files)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"the weight files of {folder} cannot be counted ({error}); check that all are there"
+        ) from error
+    if not files:
+        raise ModelError(f"{folder} holds no safetensors weights; name the folder of a model")
+    return total
+
+
+def macs_per_token(model: nn.Module, ids_BT: torch.Tensor) -> int:
+    """Multiply-accumulates of one forward over ``(B, T)``, a token: every matrix product, attention's included.
+
+    Attention is counted as the full T × T square, so the figure grows with T.
+    """
+    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with evaluating(model), FlopCounterMode(display=False, custom_mapping={fused: _attention_flops}) as counter:
+        model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
+    return round(counter.get_total_flops() / 2 / ids_BT.numel())
+
+
+def measure_speed(models: Mapping[str, nn.Module], ids_BT: torch.Tensor, repeats: int = 7) -> dict[str, Speed]:
+    """Time one forward over ``(B, T)`` of each model: a warm-up, then ``repeats`` rounds in which they take turns.
+
+    Taking turns (A B A B) spreads what else the machine does evenly, so that the models can be compared.
+
+    Raises:
+        SecateurError: no repeats.
+    """
+    if repeats < 1:
+        raise SecateurError(f"speed has to be measured at least once, not {repeats} times")
+    for model in models.values():
+        _timed_forward(model, ids_BT)
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for _ in track(range(repeats), "Measuring speed"):
+        for name, model in models.items():
+            seconds[name].append(_timed_forward(model, ids_BT))
+    return {name: _speed(measured, ids_BT.numel()) for name, measured in seconds.items()}
+
+
+def _timed_forward(model: nn.Module, ids_BT: torch.Tensor) -> float:
+    device = next(model.parameters()).device
+    ids_BT = ids_BT.to(device)
+    with evaluating(model):
+        _finish(device)
+        start = time.perf_counter()
+        model(input_ids=ids_BT, use_cache=False)
+        _finish(device)
+        return time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for an accelerator, which otherwise works on after the call has returned."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _speed(seconds: list[float], tokens: int) -> Speed:
+    rates = [tokens / second for second in seconds]
+    return Speed(
+        latency=statistics.median(seconds),
+        latency_spread=_half_quartile_distance(seconds),
+        tokens_per_second=statistics.median(rates),
+        tokens_per_second_spread=_half_quartile_distance(rates),
+        tokens=tokens,
+        repeats=len(seconds),
+    )
+
+
+def _half_quartile_distance(values: list[float]) -> float:
+    if len(values) == 1:
+        return 0.0
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return (third - first) / 2
+
+
+def _attention_flops(
+    query_shape: Any, key_shape: Any, value_shape: Any, *arguments: Any, out_shape: Any = None, **named: Any
+) -> int:
+    """Of the fused attention that a CPU uses, which PyTorch's counter does not know: q·k and then the values."""
+    *batch_and_heads, queries, width = query_shape
+    keys, value_width = key_shape[-2], value_shape[-1]
+    return 2 * math.prod(batch_and_heads) * queries * keys * (width + value_width)

@@ -1,0 +1,111 @@
+"""Perplexity as the pruning papers measure it: windows that do not overlap, each on its own.
+
+Shape legend: ``N`` windows, ``B`` of them at once, ``T`` tokens, ``V`` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from secateur.calibration import TokenWindows
+from secateur.console import track
+from secateur.errors import SecateurError
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity and what it was measured on.
+
+    Attributes:
+        value: exp of the mean next-token cross-entropy over all targets.
+        standard_error: of ``value``, from the spread between windows; None for a single window.
+        tokens: targets predicted, N × (T - 1).
+        windows: N.
+        context: T, which is also the stride.
+        protocol: all of this, for people.
+    """
+
+    value: float
+    standard_error: float | None
+    tokens: int
+    windows: int
+    context: int
+    protocol: str
+
+
+def perplexity(model: nn.Module, windows: TokenWindows, batch_size: int = 1) -> Perplexity:
+    """Measure ``model`` on windows ``(N, T)``; the logits of one batch are the most that is held at once.
+
+    Raises:
+        CalibrationError: a token id is outside the model's vocabulary.
+        SecateurError: the result is not finite, or the windows are longer than the model's positions reach.
+    """
+    windows.check_vocabulary(vocabulary_of(model))
+    count, context = windows.ids_NT.shape
+    device = next(model.parameters()).device
+    losses: list[torch.Tensor] = []
+    with evaluating(model):
+        for ids_BT in track(windows.ids_NT.split(batch_size), "Measuring perplexity"):
+            losses.append(_window_losses(model, ids_BT.to(device)).cpu())
+    losses_N = torch.cat(losses)
+    mean = losses_N.mean().item()
+    value = math.exp(mean) if mean < 700 else math.inf
+    if not math.isfinite(value):
+        raise SecateurError(
+            f"perplexity on {windows.source} is {'not a number' if math.isnan(mean) else 'infinite'} "
+            f"(mean cross-entropy {mean:g}); the model's weights are damaged, or its dtype overflows: evaluate in float32"
+        )
+    spread = None if count == 1 else value * losses_N.std().item() / math.sqrt(count)
+    return Perplexity(value, spread, count * (context - 1), count, context, _protocol(model, windows))
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """How many token ids the model knows."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    return int(embeddings.weight.shape[0])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode the model was in comes back afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _window_losses(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy of each window, float64 ``(B,)``."""
+    try:
+        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+    except IndexError as error:
+        config: Any = model.config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is None or ids_BT.shape[1] <= positions:
+            raise
+        raise SecateurError(
+            f"windows of {ids_BT.shape[1]} tokens are longer than the model's {positions} positions; "
+            f"give --window-length {positions} or less"
+        ) from error
+    losses_BT = F.cross_entropy(logits_BTV.transpose(1, 2), ids_BT[:, 1:], reduction="none")
+    return losses_BT.double().mean(dim=1)
+
+
+def _protocol(model: nn.Module, windows: TokenWindows) -> str:
+    count, context = windows.ids_NT.shape
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return (
+        f"{windows.description}; context {context}, stride {context}, {count * (context - 1):,} tokens predicted, "
+        f"each window on its own, no beginning-of-sequence token, {dtype}"
+    )

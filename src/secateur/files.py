@@ -1,0 +1,112 @@
+"""Small file helpers shared by every room: the cache folder, atomic writes, hashes, free space."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from secateur.errors import OutputError, ResourceError
+
+
+def cache_folder() -> Path:
+    """Where conversions, self-written windows, statistics and scores are kept: ``$SECATEUR_CACHE`` or the user's cache."""
+    chosen = os.environ.get("SECATEUR_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "secateur"
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that becomes ``path`` in one rename, or vanishes on any failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path`` that becomes ``path`` in one rename, or vanishes on any failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        os.chmod(temporary, 0o755)
+        # Another process may have finished the same folder meanwhile; theirs is as good as ours.
+        if not path.exists():
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as stable, readable JSON (keys as given, one trailing newline), atomically."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse with ``ResourceError`` when the disk that holds ``folder`` has less than ``needed`` bytes free."""
+    present = folder
+    while not present.exists():
+        present = present.parent
+    free = shutil.disk_usage(present).free
+    if free < needed:
+        raise ResourceError(
+            f"{what} needs {human_bytes(needed)} but the disk of {folder} has {human_bytes(free)} free; "
+            "free some space or choose another folder"
+        )
+
+
+@contextmanager
+def full_disk_is_an_error(folder: Path) -> Iterator[None]:
+    """Turn the operating system's "no space left" and "not permitted" into one sentence for the user."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ResourceError(f"the disk filled up while writing {folder}; free some space and run again") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise OutputError(
+                f"{error.filename or folder} cannot be written: {error.strerror}; choose another folder"
+            ) from error
+        raise
+
+
+def human_bytes(count: float) -> str:
+    """``1536 -> '1.5 KiB'``."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def human_count(count: float) -> str:
+    """``134515008 -> '134.5M'``."""
+    for divisor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= divisor:
+            return f"{count / divisor:.1f}{suffix}"
+    return f"{count:.0f}"

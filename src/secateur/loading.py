@@ -1,0 +1,34 @@
+"""Loading any model that Secateur writes, blocks of different sizes included, without remote code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from secateur.checkpoint.skeleton import is_uneven, load_config
+from secateur.checkpoint.uneven import PrunedForCausalLM
+from secateur.errors import ModelError
+
+
+def load(folder: str | Path, dtype: Any = torch.float32, **kwargs: Any) -> Any:
+    """Load a model folder as the transformers model it is.
+
+    Args:
+        folder: any folder that ``from_pretrained`` takes, or an uneven one.
+        dtype: as in transformers; ``"auto"`` keeps the stored one.
+
+    Raises:
+        ModelError: the folder does not load.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    config = load_config(folder, trust_remote_code=bool(kwargs.get("trust_remote_code")))
+    loader: Any = PrunedForCausalLM if is_uneven(config) else AutoModelForCausalLM
+    try:
+        return loader.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True, **kwargs).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{folder} does not load: {reason}") from error

@@ -1,0 +1,230 @@
+"""The plan: what leaves, block by block. It can be printed, compared, saved, and carried out again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+import secateur
+from secateur.errors import PlanError
+from secateur.files import atomic_file
+from secateur.recipe import Recipe
+from secateur.removal.decision import BlockDecision
+from secateur.removal.masks import pack, unpack
+from secateur.structure import UnitGroup
+
+PLAN_FILE, MASKS_FILE = "plan.json", "masks.safetensors"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelIdentity(_Strict):
+    """Which model the plan is for."""
+
+    spec: str
+    hub_id: str | None
+    license: str | None
+    architecture: str
+    parameters: int
+    sha256: str
+
+
+class CalibrationIdentity(_Strict):
+    """Which windows the choice was made on."""
+
+    source: str
+    description: str
+    windows: int
+    window_length: int
+    sha256: str
+
+
+class Cut(_Strict):
+    """Units of one kind that leave one block."""
+
+    kind: str
+    module: str
+    count: int = Field(ge=1)
+    removed: list[int]
+
+
+class Masked(_Strict):
+    """A mask over one matrix; its bits are in the masks file under ``BLOCK.NAME``."""
+
+    shape: tuple[int, int]
+    zeros: int
+
+
+class BlockPlan(_Strict):
+    """What leaves one block."""
+
+    block: int
+    cuts: list[Cut] = []
+    masks: dict[str, Masked] = {}
+
+
+class Plan(_Strict):
+    """A complete decision. ``masks_sha256`` ties the JSON to its masks file."""
+
+    format: Literal[1] = 1
+    secateur: str = secateur.__version__
+    model: ModelIdentity
+    recipe: Recipe
+    calibration: CalibrationIdentity | None
+    blocks: list[BlockPlan] = []
+    masks_sha256: str | None = None
+    _bits: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+
+    def add(self, block: int, decision: BlockDecision) -> None:
+        """Record the decision for one block."""
+        cuts = [
+            Cut(kind=group.kind, module=group.module, count=group.count, removed=removed)
+            for group, removed in decision.removals
+        ]
+        masks = {}
+        for name, mask_OI in decision.masks.items():
+            rows, columns = mask_OI.shape
+            masks[name] = Masked(shape=(rows, columns), zeros=int((~mask_OI).sum()))
+            self._bits[f"{block}.{name}"] = pack(mask_OI)
+        self.blocks.append(BlockPlan(block=block, cuts=cuts, masks=masks))
+        self.blocks.sort(key=lambda entry: entry.block)
+
+    def decision(self, block: int, groups: list[UnitGroup]) -> BlockDecision:
+        """The decision for ``block`` of a model whose units in it are ``groups``.
+
+        Raises:
+            PlanError: the plan does not fit the block, or would leave it without a unit of some kind.
+        """
+        entry = next((entry for entry in self.blocks if entry.block == block), None)
+        if entry is None:
+            return BlockDecision()
+        removals = []
+        for cut in entry.cuts:
+            group = next((g for g in groups if (g.kind, g.module) == (cut.kind, cut.module)), None)
+            if group is None or group.count != cut.count:
+                raise PlanError(
+                    f"the plan cuts {cut.count} {cut.kind} units in block {block}, which the model does not have"
+                )
+            _check_removed(cut, group, block)
+            removals.append((group, cut.removed))
+        masks = {name: unpack(self._bits[f"{block}.{name}"], masked.shape) for name, masked in entry.masks.items()}
+        return BlockDecision(removals, masks)
+
+    def removed_by_kind(self) -> dict[str, tuple[int, int]]:
+        """For each kind of structured unit: how many leave, of how many in the blocks that may be pruned."""
+        totals: dict[str, tuple[int, int]] = {}
+        for entry in self.blocks:
+            for cut in entry.cuts:
+                gone, there = totals.get(cut.kind, (0, 0))
+                totals[cut.kind] = (gone + len(cut.removed), there + cut.count)
+        return totals
+
+    def zeros(self) -> tuple[int, int]:
+        """How many weights are masked, of how many in masked matrices."""
+        masks = [masked for entry in self.blocks for masked in entry.masks.values()]
+        return sum(m.zeros for m in masks), sum(m.shape[0] * m.shape[1] for m in masks)
+
+    def removes_anything(self) -> bool:
+        return any(gone for gone, _ in self.removed_by_kind().values()) or self.zeros()[0] > 0
+
+    def save(self, path: Path) -> list[Path]:
+        """Write the plan to ``path`` (a ``.json`` file) with its masks, if any, beside it.
+
+        Returns:
+            the files written.
+        """
+        files = [path]
+        if self._bits:
+            content = save(dict(sorted(self._bits.items())))
+            self.masks_sha256 = hashlib.sha256(content).hexdigest()
+            files.append(masks_beside(path))
+            with atomic_file(files[1]) as temporary:
+                temporary.write_bytes(content)
+        text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
+        with atomic_file(path) as temporary:
+            temporary.write_text(_lists_on_one_line(text) + "\n", encoding="utf-8")
+        return files
+
+
+def masks_beside(plan_file: Path) -> Path:
+    """Where the masks of a plan lie: ``masks.safetensors`` beside ``plan.json``, ``x.masks.safetensors`` beside ``x.json``."""
+    name = MASKS_FILE if plan_file.name == PLAN_FILE else f"{plan_file.stem}.{MASKS_FILE}"
+    return plan_file.with_name(name)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan from its file, from a folder that holds one, or from a finished output.
+
+    Raises:
+        PlanError: missing, damaged, or without its masks.
+    """
+    candidates = [path] if path.suffix == ".json" else [path / PLAN_FILE, path / "secateur" / PLAN_FILE, path]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise PlanError(f"there is no plan at {path}; make one with: secateur plan MODEL --out {path}")
+    try:
+        plan = Plan.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise PlanError(f"{file} is not a plan this version reads: {where}: {first['msg'].lower()}") from error
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{file} is not a plan: {error}; make it again") from error
+    if any(entry.masks for entry in plan.blocks):
+        plan._bits = _load_masks(plan, masks_beside(file))
+    return plan
+
+
+def _load_masks(plan: Plan, file: Path) -> dict[str, torch.Tensor]:
+    if not file.is_file():
+        raise PlanError(f"the plan's masks are missing; put {file.name} beside the plan in {file.parent}")
+    if hashlib.sha256(file.read_bytes()).hexdigest() != plan.masks_sha256:
+        raise PlanError(f"{file} is not the masks file that the plan was saved with; it is damaged or another plan's")
+    try:
+        bits = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise PlanError(f"{file} is damaged: {error}") from error
+    for entry in plan.blocks:
+        for name, masked in entry.masks.items():
+            found = bits.get(f"{entry.block}.{name}")
+            if found is None or found.numel() != -(-masked.shape[0] * masked.shape[1] // 8):
+                raise PlanError(
+                    f"{file} does not hold the mask of '{name}' in block {entry.block}; make the plan again"
+                )
+    return bits
+
+
+def _check_removed(cut: Cut, group: UnitGroup, block: int) -> None:
+    if len(set(cut.removed)) != len(cut.removed) or any(not 0 <= unit < cut.count for unit in cut.removed):
+        raise PlanError(f"the plan names {cut.kind} units of block {block} that do not exist, or one twice")
+    size = cut.count // group.families
+    leaving = [sum(unit // size == family for unit in cut.removed) for family in range(group.families)]
+    if max(leaving) >= size:
+        raise PlanError(f"the plan would leave block {block} without a single {cut.kind}; keep at least one")
+    if len(set(leaving)) > 1:
+        raise PlanError(f"the plan takes unequal numbers of {cut.kind} units from the groups of block {block}")
+
+
+def _lists_on_one_line(text: str) -> str:
+    """Put lists of numbers on one line each; a plan is read by people too."""
+    return re.sub(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]", lambda match: "[" + re.sub(r"\s+", " ", match[1]) + "]", text)
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """The counts of a plan, for ``--json``."""
+    zeros, masked = plan.zeros()
+    return {
+        "units": {kind: {"removed": gone, "of": there} for kind, (gone, there) in plan.removed_by_kind().items()},
+        "zeros": zeros,
+        "masked_weights": masked,
+    }

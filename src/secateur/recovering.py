@@ -1,0 +1,201 @@
+"""The recovery stage: a pruned folder in, a recovered folder of the same shapes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import secateur
+from secateur.calibration import TokenWindows, fingerprint, open_windows
+from secateur.checkpoint.reader import Checkpoint, open_checkpoint
+from secateur.checkpoint.verify import compare_logits, fresh_logits
+from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
+from secateur.console import log, track
+from secateur.errors import SecateurError
+from secateur.files import cache_folder, require_space
+from secateur.loading import load
+from secateur.realise import check_tokens, write_manifest
+from secateur.report.card import model_card
+from secateur.report.count import count_checkpoint, count_folder
+from secateur.run import Result, already_complete, finished, timed_run
+from secateur.runfolder import RECORD, is_complete
+
+if TYPE_CHECKING:
+    from secateur.recovery import LoraSettings
+
+SPARSE_FROM = 0.01
+"""A matrix with at least this share of exact zeros is sparse on purpose: its zeros are kept."""
+
+
+def recover_folder(
+    spec: str,
+    out: Path,
+    data: str = "self",
+    windows: int = 256,
+    window_length: int = 256,
+    settings: LoraSettings | None = None,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+) -> Result:
+    """Train LoRA on ``spec``, merge, write to ``out``, and check it in a fresh process.
+
+    Raises:
+        SecateurError: whatever the user can mend; nothing is left behind.
+    """
+    from secateur.recovery import LoraSettings, recover_model
+
+    settings = settings or LoraSettings()
+    checkpoint = open_checkpoint(spec)
+    identity = {
+        "command": "recover",
+        "version": secateur.__version__,
+        "model": checkpoint.content_hash,
+        "data": [data, fingerprint(data), windows, window_length],
+        "settings": settings.model_dump(mode="json"),
+    }
+    if not overwrite and is_complete(out, identity):
+        return already_complete(out, push_to_hub)
+    with timed_run(out, overwrite, identity) as (partial, record):
+        text = _training_windows(checkpoint, data, windows, window_length, settings.seed)
+        masks = sparse_masks(checkpoint)
+        if masks:
+            log.info("%d matrices are sparse; their zeros are kept through training and merging.", len(masks))
+        model = load(checkpoint.folder)
+        training = recover_model(model, text.ids_NT, settings, masks or None)
+        _write(checkpoint, model, partial)
+        ids_BT = check_tokens(checkpoint)
+        with torch.no_grad():
+            expected = model(input_ids=ids_BT, use_cache=False).logits.float()
+        _record(record, checkpoint, partial, text, training.to_json())
+        log.info("Checking the written model in a fresh process ...")
+        # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
+        remote = (partial / "modeling_secateur.py").is_file()
+        record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
+        _write_card(checkpoint, partial, record)
+    return finished(out, record, push_to_hub)
+
+
+def sparse_masks(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """For every prunable matrix that is sparse, where it is not zero; by full parameter name."""
+    masks = {}
+    for index in track(range(len(checkpoint.skeleton.blocks)), "Looking for masks"):
+        prefix = checkpoint.skeleton.block_prefix(index)
+        for name, weight_OI in checkpoint.read([prefix + n for n in checkpoint.skeleton.prunable(index)]).items():
+            kept_OI = weight_OI != 0
+            if float(kept_OI.float().mean()) <= 1 - SPARSE_FROM:
+                masks[name] = kept_OI
+    return masks
+
+
+def pruned_from(folder: Path) -> str | None:
+    """The model that a pruned (or recovered) folder was made from, if its record says."""
+    try:
+        record = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))
+        return str(record["model"]["spec"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _training_windows(checkpoint: Checkpoint, data: str, windows: int, length: int, seed: int) -> TokenWindows:
+    writer = _writer(checkpoint) if data == "self" else checkpoint
+    opened = open_windows(
+        data,
+        model_folder=writer.folder,
+        model_hash=writer.content_hash,
+        windows=windows,
+        window_length=length,
+        seed=seed,
+        vocabulary=checkpoint.config.get_text_config().vocab_size,
+        cache=cache_folder(),
+    )
+    log.info("Training on %d windows of %d tokens (%s).", *opened.ids_NT.shape, opened.description)
+    return opened
+
+
+def _writer(checkpoint: Checkpoint) -> Checkpoint:
+    """Who writes ``self`` text: the dense model, which knows better what the pruned one has to learn again."""
+    original = pruned_from(checkpoint.folder)
+    if original is None:
+        return checkpoint
+    try:
+        return open_checkpoint(original)
+    except SecateurError:
+        log.warning("The model it was pruned from (%s) is not here; the pruned model writes its own text.", original)
+        return checkpoint
+
+
+def _write(checkpoint: Checkpoint, model: Any, folder: Path) -> None:
+    """Write ``model``'s weights in the dtypes and with the companions of ``checkpoint``."""
+    state = model.state_dict()
+    order = [name for name in state if name in checkpoint.tensors]
+    specs = [TensorSpec(n, tuple(state[n].shape), checkpoint.tensors[n].dtype) for n in order]
+    require_space(folder, sum(spec.bytes for spec in specs), "the recovered model")
+    writer = ShardWriter(folder, specs)
+    try:
+        for spec in track(specs, "Writing"):
+            writer.write({spec.name: state[spec.name].detach().to(spec.dtype)})
+        files = writer.close()
+    finally:
+        writer.abandon()
+    for name in ("config.json", "modeling_secateur.py"):
+        source = checkpoint.folder / name
+        if source.is_file():
+            (folder / name).write_bytes(source.read_bytes())
+    copy_companions(checkpoint.folder, folder)
+    for record in ("plan.json", "masks.safetensors", "recipe.yaml"):
+        source = checkpoint.folder / RECORD / record
+        if source.is_file():
+            (folder / RECORD / record).write_bytes(source.read_bytes())
+    write_manifest(folder, files)
+
+
+def _record(
+    record: dict[str, Any], checkpoint: Checkpoint, partial: Path, text: TokenWindows, training: dict[str, Any]
+) -> None:
+    before, after = count_checkpoint(checkpoint), count_folder(partial)
+    count, length = text.ids_NT.shape
+    record |= {
+        "model": {
+            "spec": pruned_from(checkpoint.folder) or checkpoint.source.spec,
+            "hub_id": checkpoint.source.hub_id,
+            "license": checkpoint.source.license,
+            "recovered_from": checkpoint.source.spec,
+        },
+        "data": {
+            "source": text.source,
+            "description": text.description,
+            "windows": count,
+            "window_length": length,
+            "sha256": text.sha256,
+        },
+        "before": before.to_json(),
+        "after": after.to_json(),
+        "training": training,
+        "uneven": (partial / "modeling_secateur.py").is_file(),
+    }
+    if after.zeros < before.zeros or after.parameters != before.parameters:
+        raise SecateurError("recovery lost zeros or parameters on the way; nothing was kept (please report this)")
+
+
+def _write_card(checkpoint: Checkpoint, partial: Path, record: dict[str, Any]) -> None:
+    name = record["model"]["hub_id"] or Path(record["model"]["spec"]).name
+    training, data = record["training"], record["data"]
+    recipe = checkpoint.folder / RECORD / "recipe.yaml"
+    facts = {
+        "title": f"{name}, pruned and recovered",
+        "model": record["model"],
+        "what": f"A pruned {name}, tuned with LoRA for {training['steps']} steps on {data['windows']} windows of "
+        f"{data['window_length']} tokens ({data['description']}); the adapters are merged.",
+        "before": record["before"],
+        "after": record["after"],
+        "asked": "recovery of a pruned model",
+        "criterion": "LoRA on every linear layer of the blocks",
+        "calibration": data,
+        "uneven": record["uneven"],
+        "figures": None,
+        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "model: unknown",
+    }
+    (partial / "README.md").write_text(model_card(facts), encoding="utf-8")

@@ -1,0 +1,238 @@
+"""Recovery by LoRA: train low-rank updates on the pruned model's blocks, then fold them into the weights.
+
+The model that comes back is the model that went in, with other numbers in its matrices: same modules, names, shapes and
+dtypes, and zeros exactly where its masks have them.
+
+Shape legend: ``N`` windows, ``T`` tokens, ``I`` input features, ``O`` output features.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from secateur.checkpoint.uneven import largest_module_list
+from secateur.console import log
+from secateur.errors import CalibrationError, PlanError, RecipeError, SecateurError, StructureError
+from secateur.recovery.settings import LoraSettings, RecoveryLog, Schedule, schedule
+
+__all__ = ["LoraSettings", "RecoveryLog", "block_linears", "recover_model", "schedule"]
+
+
+def recover_model(
+    model: Any,
+    ids_NT: Tensor,
+    settings: LoraSettings | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> RecoveryLog:
+    """Train LoRA on every ``nn.Linear`` of the decoder blocks and fold it into the weights, in place.
+
+    Training computes in float32; each weight then returns to its own dtype. The same model, windows, settings and machine
+    give the same bits. Whatever goes wrong, the model is left as it came.
+
+    Args:
+        model: a causal language model of transformers.
+        ids_NT: int64 token windows, ``(N, T)``.
+        settings: defaults to ``LoraSettings()``.
+        masks: by parameter name, ``(O, I)``, true or 1 where a weight is kept. The update is masked in training and merge
+            alike. A layer without a mask is trained, and merged, densely.
+        on_step: called with (step, steps, loss) after every optimiser step.
+
+    Raises:
+        CalibrationError: the windows are too few, too short or hold unknown tokens.
+        PlanError: a mask does not fit its weight.
+        ModelError: the model's loss is not finite to begin with.
+        StructureError: the blocks hold no ``nn.Linear``.
+        SecateurError: training diverged.
+
+    Source: LLM-Pruner's recovery stage (arXiv 2305.11627; methods §14.5), with LoRA (arXiv 2106.09685).
+    """
+    settings = settings or LoraSettings()
+    linears = block_linears(model)
+    kept = _checked_masks(model, masks or {})
+    held_out_NT, train_NT = _split(_checked_windows(model, ids_NT), settings)
+    plan = schedule(settings, len(train_NT))
+    from secateur.recovery.adapters import adapted, merge, replace_weights
+    from secateur.recovery.training import held_out_loss, train
+
+    log.info(
+        f"recovering with LoRA on {len(linears)} matrices: {plan.steps} steps of {plan.batch_size} x {ids_NT.shape[1]} "
+        f"tokens, warm-up {plan.warmup}, {len(held_out_NT)} of {len(ids_NT)} windows held out"
+    )
+    started = time.perf_counter()
+    with _as_float32(model) as dtypes, _own_randomness(settings.seed):
+        before = held_out_loss(
+            model, held_out_NT, plan.micro_batch, "before recovery; look for NaN or Inf in its weights"
+        )
+        with adapted(model, linears, kept, settings.rank, settings.alpha, settings.dropout) as wrapped:
+            trainable = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
+            ordered_ST = train_NT[_order(len(train_NT), plan, settings.seed)]
+            losses = train(
+                wrapped,
+                ordered_ST,
+                steps=plan.steps,
+                micro_batch=plan.micro_batch,
+                accumulation=plan.accumulation,
+                warmup=plan.warmup,
+                learning_rate=settings.learning_rate,
+                seed=settings.seed,
+                on_step=on_step,
+            )
+            originals = merge(wrapped, dtypes)
+        try:
+            after = held_out_loss(model, held_out_NT, plan.micro_batch, "after recovery; lower the learning rate")
+            for name, mask_OI in kept.items():
+                if model.get_parameter(name)[~mask_OI.to(model.get_parameter(name).device)].any():
+                    raise SecateurError(f"recovery revived pruned weights of {name}; please report this defect")
+        except BaseException:
+            replace_weights(originals)
+            raise
+    if before is not None and after is not None and after > before:
+        log.warning(f"recovery did not help: the held-out loss went from {before:.4f} to {after:.4f}")
+    return RecoveryLog(
+        steps=plan.steps,
+        batch_size=plan.batch_size,
+        warmup=plan.warmup,
+        windows=len(train_NT),
+        held_out_windows=len(held_out_NT),
+        trainable_parameters=trainable,
+        tokens=ordered_ST.numel(),
+        seconds=time.perf_counter() - started,
+        losses=losses,
+        held_out_before=before,
+        held_out_after=after,
+    )
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Every ``nn.Linear`` in the decoder blocks by its qualified name; found by type and place, never by name.
+
+    Raises:
+        StructureError: there are no blocks, or none holds an ``nn.Linear``.
+    """
+    try:
+        blocks = largest_module_list(model)
+    except ValueError as error:
+        raise StructureError(f"{type(model).__name__} has no list of like blocks to recover") from error
+    inside = set(blocks.modules())
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside
+    }
+    if not linears:
+        raise StructureError(f"the blocks of {type(model).__name__} hold no nn.Linear, so LoRA cannot recover it")
+    return linears
+
+
+def _checked_windows(model: Any, ids_NT: Tensor) -> Tensor:
+    if ids_NT.dim() != 2 or ids_NT.dtype != torch.int64:
+        raise CalibrationError(
+            f"recovery needs token windows as int64 of shape (N, T), but got {ids_NT.dtype} of shape {tuple(ids_NT.shape)}"
+        )
+    if len(ids_NT) < 1 or ids_NT.shape[1] < 2:
+        raise CalibrationError(
+            f"recovery needs at least one window of two tokens, but got {ids_NT.shape[0]} x {ids_NT.shape[1]}; "
+            "give more text"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if ids_NT.min() < 0 or ids_NT.max() >= vocabulary:
+        raise CalibrationError(
+            f"a recovery window holds token {int(ids_NT.max() if ids_NT.min() >= 0 else ids_NT.min())}, outside the "
+            f"model's vocabulary of {vocabulary}; use windows made with this model's tokenizer"
+        )
+    return ids_NT.cpu()
+
+
+def _checked_masks(model: Any, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Masks as booleans, after checking that each fits a parameter that is already zero where it should be."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    checked = {}
+    for name, mask_OI in masks.items():
+        if name not in parameters:
+            raise PlanError(
+                f"there is a mask for '{name}', which this model does not have; use the masks that belong to this model"
+            )
+        weight_OI = parameters[name]
+        if mask_OI.shape != weight_OI.shape:
+            raise PlanError(
+                f"the mask of {name} is {tuple(mask_OI.shape)} but the weight is {tuple(weight_OI.shape)}; "
+                "use the masks that belong to this model"
+            )
+        checked[name] = mask_OI.bool()
+        if weight_OI.data[~checked[name].to(weight_OI.device)].any():
+            raise PlanError(f"{name} is not zero where its mask says pruned; apply the masks before recovering")
+    return checked
+
+
+def _split(ids_NT: Tensor, settings: LoraSettings) -> tuple[Tensor, Tensor]:
+    """Windows held out and windows to train on, chosen by the seed, each in their given order."""
+    windows = len(ids_NT)
+    held_out = settings.held_out
+    if held_out is None:
+        held_out = max(1, windows // 20) if windows > 1 else 0
+    if held_out >= windows:
+        raise RecipeError(
+            f"{held_out} of {windows} windows are to be held out, which leaves none to train on; hold out fewer"
+        )
+    chosen = torch.zeros(windows, dtype=torch.bool)
+    chosen[torch.randperm(windows, generator=torch.Generator().manual_seed(settings.seed))[:held_out]] = True
+    return ids_NT[chosen], ids_NT[~chosen]
+
+
+def _order(windows: int, plan: Schedule, seed: int) -> Tensor:
+    """Indices of the windows in training order: one shuffle after another, so every step has a full batch."""
+    generator = torch.Generator().manual_seed(seed)
+    needed = plan.steps * plan.batch_size
+    return torch.cat([torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))])[:needed]
+
+
+@contextmanager
+def _as_float32(model: Any) -> Iterator[dict[str, torch.dtype]]:
+    """Lend the model in float32 on the device that trains; yields each parameter's own dtype by name.
+
+    Going to float32 and back is exact, so what was not trained returns bit for bit. Buffers that are computed in float32
+    (rotary frequencies) must not be cast back with the weights: each tensor returns to its own dtype.
+    """
+    device, training = next(model.parameters()).device, model.training
+    use_cache = getattr(model.config, "use_cache", None)
+    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
+    try:
+        for _, tensor in _tensors(model):
+            tensor.data = tensor.data.float()
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
+        yield dtypes
+    finally:
+        model.to(device)
+        for name, tensor in _tensors(model):
+            tensor.data = tensor.data.to(dtypes[name])
+        model.train(training)
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # the Trainer switches it off
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every floating-point parameter and buffer under each of its names."""
+    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
+        if tensor.is_floating_point():
+            yield name, tensor
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Seed everything, and give the caller's random state back afterwards: the Trainer reseeds all generators."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])

@@ -1,0 +1,1 @@
+"""How what was chosen leaves: zeroed by a mask, or physically cut out."""

@@ -1,0 +1,97 @@
+"""The model card: a README.md whose metadata block the hub accepts, and the figures of the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.files import human_bytes
+
+Facts = dict[str, Any]
+
+
+def model_card(facts: Facts) -> str:
+    """The card of one output.
+
+    Args:
+        facts: what ``run`` recorded: ``title``, ``model`` (spec, hub_id, license), ``what`` (one sentence), ``before`` and
+            ``after`` (parameters, bytes, zeros, prunable), ``asked``, ``calibration``, ``uneven``, ``figures``, ``recipe`` (YAML).
+    """
+    from huggingface_hub import ModelCardData
+
+    model = facts["model"]
+    metadata = ModelCardData(
+        license=model.get("license"),
+        base_model=model.get("hub_id"),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pruning", "secateur"],
+    )
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---",
+        f"# {facts['title']}",
+        facts["what"],
+        _sizes_table(facts),
+        _figures(facts.get("figures")),
+        "## How it was chosen\n\n" + _how(facts),
+        "## Load it\n\n" + _load(facts),
+        "## Recipe\n\nEverything needed to make it again; the full plan is in `secateur/plan.json`.\n\n"
+        f"```yaml\n{facts['recipe'].strip()}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _sizes_table(facts: Facts) -> str:
+    before, after = facts["before"], facts["after"]
+    rows = [
+        "| | before | after |",
+        "|---|---|---|",
+        f"| parameters | {before['parameters']:,} | {after['parameters']:,} |",
+        f"| zeros in the blocks' matrices | {_share(before)} | {_share(after)} |",
+        f"| size of the weights | {human_bytes(before['bytes'])} | {human_bytes(after['bytes'])} |",
+    ]
+    for kind, left in sorted(after["units"].items()):
+        there = before["units"].get(kind)
+        if there is not None and there != left:
+            rows.append(f"| {kind} units | {there:,} | {left:,} |")
+    return "\n".join(rows)
+
+
+def _share(count: dict[str, Any]) -> str:
+    return f"{100 * count['zeros'] / max(1, count['prunable']):.2f} %"
+
+
+def _figures(figures: Facts | None) -> str:
+    if not figures:
+        return ""
+    header = "| " + " | ".join(["", *figures["columns"]]) + " |"
+    rule = "|---" * (len(figures["columns"]) + 1) + "|"
+    rows = [f"| {name} | " + " | ".join(values) + " |" for name, values in figures["rows"].items()]
+    return "\n".join(["## Figures", "", figures["protocol"], "", header, rule, *rows])
+
+
+def _how(facts: Facts) -> str:
+    calibration = facts.get("calibration")
+    lines = [f"- Asked for: {facts['asked']}", f"- Criterion: `{facts['criterion']}`"]
+    if calibration:
+        lines.append(
+            f"- Calibration: {calibration['windows']} windows of {calibration['window_length']} tokens, "
+            f"{calibration['description']} (sha256 `{calibration['sha256'][:16]}`)"
+        )
+    else:
+        lines.append("- Calibration: none was needed")
+    return "\n".join(lines)
+
+
+def _load(facts: Facts) -> str:
+    remote = ", trust_remote_code=True" if facts["uneven"] else ""
+    note = (
+        "Its blocks differ in size, which transformers builds through the bundled `modeling_secateur.py`; "
+        "`secateur.load(folder)` needs no remote code.\n\n"
+        if facts["uneven"]
+        else ""
+    )
+    return (
+        f"{note}```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
+    )

@@ -1,0 +1,293 @@
+"""The stages in order: plan, carry out, check, count, describe. What the command line and ``import secateur`` call."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import secateur
+from secateur.calibration import fingerprint
+from secateur.checkpoint.reader import Checkpoint, open_checkpoint
+from secateur.console import log
+from secateur.files import full_disk_is_an_error, write_json
+from secateur.plan import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
+from secateur.planning import Planner, default_workplace
+from secateur.realise import Realisation, describe_sizes
+from secateur.recipe import Recipe
+from secateur.report.card import model_card
+from secateur.report.count import Count, count_checkpoint, count_folder
+from secateur.runfolder import RECORD, RUN_FILE, check_free, is_complete, run_folder
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage gives back.
+
+    Attributes:
+        folder: where the result lies (None for a plan that was not saved).
+        record: everything that was counted and decided, JSON-able; the content of ``secateur/run.json``.
+        complete_before: the same run had been finished already and nothing was done.
+    """
+
+    folder: Path | None
+    record: dict[str, Any] = field(default_factory=dict)
+    complete_before: bool = False
+
+
+def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) -> tuple[Plan, Result]:
+    """Decide what would leave, and write nothing but the plan.
+
+    Args:
+        out: a ``.json`` file, or a folder that will hold ``plan.json``; None saves nothing.
+    """
+    started = time.monotonic()
+    file = _plan_file(out, overwrite)
+    checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
+    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch, full_disk_is_an_error(Path(scratch)):
+        planner = Planner(checkpoint, recipe, default_workplace(Path(scratch)))
+        plan = planner.plan()
+    realisation = Realisation(checkpoint, plan, planner.structure if recipe.cut_kinds else None)
+    realisation.announce()
+    before, after = realisation.sizes()
+    record = _plan_record(plan, realisation) | {"seconds": round(time.monotonic() - started, 2)}
+    log.info("Would go from %s.", describe_sizes(before, after))
+    if file is not None:
+        with full_disk_is_an_error(file.parent):
+            plan.save(file)
+        record["plan"] = str(file)
+        log.info("The plan is in %s; carry it out with: secateur apply %s --out DIR", file, file)
+    return plan, Result(file, record)
+
+
+def prune(
+    recipe: Recipe, out: Path, overwrite: bool = False, evaluate_on: str | None = None, push_to_hub: str | None = None
+) -> Result:
+    """Plan, carry out, check in a fresh process, count what was written, and describe it."""
+    checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
+    identity = {
+        "command": "prune",
+        "version": secateur.__version__,
+        "recipe": recipe.model_dump(mode="json"),
+        "model": checkpoint.content_hash,
+        "calibration": fingerprint(recipe.calibration) if recipe.parsed_criterion().needs() else None,
+        "evaluate_on": evaluate_on,
+    }
+    if not overwrite and is_complete(out, identity):
+        return already_complete(out, push_to_hub)
+    check_free(out, overwrite)
+    with timed_run(out, overwrite, identity) as (partial, record):
+        planner = Planner(checkpoint, recipe, default_workplace(partial / "scratch"))
+        plan = planner.plan()
+        structure = planner.structure if recipe.cut_kinds else None
+        _carry_out(Realisation(checkpoint, plan, structure), partial, record, evaluate_on)
+    return finished(out, record, push_to_hub)
+
+
+def apply(
+    plan_path: Path, out: Path, model: str | None = None, overwrite: bool = False, push_to_hub: str | None = None
+) -> Result:
+    """Carry out a saved plan: the same weights that ``prune`` writes.
+
+    Args:
+        model: where the plan's model is now, if not where the plan says.
+    """
+    plan = load_plan(plan_path)
+    checkpoint = open_checkpoint(model or plan.model.spec, plan.recipe.trust_remote_code)
+    realisation = Realisation(checkpoint, plan)
+    identity = {
+        "command": "apply",
+        "version": secateur.__version__,
+        "plan": plan.model_dump(mode="json"),
+        "model": checkpoint.content_hash,
+    }
+    if not overwrite and is_complete(out, identity):
+        return already_complete(out, push_to_hub)
+    with timed_run(out, overwrite, identity) as (partial, record):
+        _carry_out(realisation, partial, record, None)
+    return finished(out, record, push_to_hub)
+
+
+@contextmanager
+def timed_run(out: Path, overwrite: bool, identity: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A run folder whose record is written last, just before it becomes ``out``."""
+    started = time.monotonic()
+    record: dict[str, Any] = {"identity": identity}
+    with run_folder(out, overwrite) as partial:
+        yield partial, record
+        record["seconds"] = round(time.monotonic() - started, 2)
+        _remove_scratch(partial)
+        write_json(partial / RECORD / RUN_FILE, record)
+
+
+def _remove_scratch(partial: Path) -> None:
+    import shutil
+
+    shutil.rmtree(partial / "scratch", ignore_errors=True)
+
+
+def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], evaluate_on: str | None) -> None:
+    plan, recipe = realisation.plan, realisation.plan.recipe
+    realisation.announce()
+    realisation.write(partial)
+    plan.save(partial / RECORD / PLAN_FILE)
+    (partial / RECORD / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    record |= _plan_record(plan, realisation)
+    record["logits_difference"] = realisation.verify(partial)
+    pattern = recipe.n_of_m
+    blocks = recipe.block_range(len(realisation.decisions))
+    after = count_folder(partial, (pattern.keep, pattern.group) if pattern else None, blocks, recipe.trust_remote_code)
+    before = count_checkpoint(realisation.checkpoint)
+    record |= {"before": before.to_json(), "after": after.to_json(), "reached": reached(plan, before, after)}
+    if evaluate_on is not None:
+        from secateur.evaluation import evaluate
+        from secateur.loading import load
+
+        evaluation = evaluate(
+            {"dense": realisation.checkpoint.folder, "pruned": partial}, text=evaluate_on, load=load, speed=False
+        )
+        record["evaluation"] = evaluation.to_json()
+    write_card(partial, plan, realisation, record)
+    log.info("Asked for %s.", asked(plan))
+    log.info("Reached: %s.", record["reached"])
+    log.info("%s; the fresh process agrees to %.0e.", describe_sizes(*realisation.sizes()), record["logits_difference"])
+
+
+def _plan_record(plan: Plan, realisation: Realisation) -> dict[str, Any]:
+    before, after = realisation.sizes()
+    return {
+        "model": plan.model.model_dump(),
+        "asked": asked(plan),
+        "chosen": plan_summary(plan),
+        "calibration": plan.calibration.model_dump() if plan.calibration else None,
+        "architecture": realisation.output.architecture,
+        "uneven": realisation.output.uneven,
+        "sizes": {"before": before.to_json(), "after": after.to_json()},
+    }
+
+
+def asked(plan: Plan) -> str:
+    """The recipe's demand in words."""
+    recipe, parts = plan.recipe, []
+    if recipe.cut_kinds:
+        where = "of each block's" if recipe.allocation == "uniform" else "of the model's parameters in"
+        parts.append(f"{100 * recipe.cut_ratio:g} % {where} {' and '.join(recipe.cut_kinds)} units")
+    if recipe.n_of_m:
+        parts.append(f"{recipe.n_of_m} sparsity")
+    elif recipe.masks_weights:
+        within = {"row": "of every row", "layer": "of every matrix", "global": "of the weights of all matrices"}
+        parts.append(f"{100 * recipe.mask_ratio:g} % {within[recipe.within]}")
+    blocks = f" in blocks {recipe.blocks}" if recipe.blocks else ""
+    return " and ".join(parts) + blocks
+
+
+def reached(plan: Plan, before: Count, after: Count) -> str:
+    """What the written files hold, in words."""
+    parts = []
+    for kind in plan.recipe.cut_kinds:
+        there, left = before.units.get(kind, 0), after.units.get(kind, 0)
+        if there:
+            parts.append(f"{there - left} of {there} {kind} units gone ({100 * (there - left) / there:.2f} %)")
+    gone = before.parameters - after.parameters
+    if gone:
+        parts.append(f"{gone:,} of {before.parameters:,} parameters gone ({100 * gone / before.parameters:.2f} %)")
+    if plan.recipe.masks_weights:
+        parts.append(
+            f"{after.zeros:,} zeros in {after.prunable:,} weights of the blocks' matrices ({100 * after.zeros / after.prunable:.2f} %)"
+        )
+    if after.valid_n_of_m is not None:
+        parts.append(
+            f"{plan.recipe.n_of_m} holds in every group" if after.valid_n_of_m else "N:M DOES NOT HOLD everywhere"
+        )
+    return "; ".join(parts)
+
+
+def write_card(folder: Path, plan: Plan, realisation: Realisation, record: dict[str, Any]) -> None:
+    """Write the model card of a pruned folder."""
+    name = plan.model.hub_id or Path(plan.model.spec).name
+    facts = {
+        "title": f"{name}, pruned",
+        "model": plan.model.model_dump(),
+        "what": f"[Secateur](https://pypi.org/project/secateur/) took from {name}: {record['reached']}.",
+        "before": record["before"],
+        "after": record["after"],
+        "asked": record["asked"],
+        "criterion": plan.recipe.criterion,
+        "calibration": record["calibration"],
+        "uneven": realisation.output.uneven,
+        "figures": figures_from(record.get("evaluation")),
+        "recipe": plan.recipe.to_yaml(),
+    }
+    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def figures_from(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The card's table of an evaluation's JSON."""
+    if not evaluation:
+        return None
+    models = evaluation["models"]
+    return {
+        "columns": list(models),
+        "rows": {"perplexity": [f"{entry['perplexity']['value']:.2f}" for entry in models.values()]},
+        "protocol": evaluation["protocol"],
+    }
+
+
+def _plan_file(out: Path | None, overwrite: bool) -> Path | None:
+    if out is None:
+        return None
+    if out.suffix != ".json":
+        check_free(out, overwrite)
+        return out / PLAN_FILE
+    for file in (out, masks_beside(out)):
+        if file.exists() and not overwrite:
+            from secateur.errors import OutputError
+
+            raise OutputError(f"{file} is there already; give another --out, or --overwrite")
+    return out
+
+
+def already_complete(out: Path, push: str | None) -> Result:
+    import json
+
+    log.info("%s is already complete: it is the result of this very run.", out)
+    record = json.loads((out / RECORD / RUN_FILE).read_text(encoding="utf-8"))
+    if push:
+        push_folder(out, push)
+    return Result(out, record, complete_before=True)
+
+
+def finished(out: Path, record: dict[str, Any], push: str | None) -> Result:
+    log.info("The result is in %s (%.0f s).", out, record["seconds"])
+    if push:
+        push_folder(out, push)
+    return Result(out, record)
+
+
+def push_folder(folder: Path, repository: str) -> None:
+    """Upload a finished folder with huggingface_hub.
+
+    Raises:
+        OutputError: the hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    from secateur.errors import OutputError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OutputError(f"{folder} is finished, but could not be pushed to {repository}: {reason}") from error
+    log.info("Pushed to https://huggingface.co/%s", repository)
+
+
+def open_for_reading(spec: str, trust_remote_code: bool = False) -> Checkpoint:
+    """Open a model without a run (inspect)."""
+    return open_checkpoint(spec, trust_remote_code)

@@ -1,0 +1,119 @@
+"""The run folder: work lives in ``OUT.partial`` and becomes ``OUT`` in one rename, or leaves nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from secateur.console import log, log_file
+from secateur.errors import OutputError
+from secateur.files import full_disk_is_an_error
+
+RECORD = "secateur"
+"""The subfolder for plan, masks, recipe and log, where no loader mistakes them for weights."""
+
+RUN_FILE = "run.json"
+
+
+def is_complete(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether ``out`` is the finished result of exactly this run."""
+    try:
+        found = json.loads((out / RECORD / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("identity") == json.loads(json.dumps(identity))
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """Refuse an occupied ``out`` before any work.
+
+    Raises:
+        OutputError: ``out`` is a file, or a folder with something in it and ``overwrite`` is not given.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; give a folder that does not exist yet")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise OutputError(
+            f"{out} is not empty and is not the result of this very run; give another --out, or --overwrite"
+        )
+
+
+@contextmanager
+def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield ``OUT.partial``; on success it becomes ``OUT``, on an error it vanishes, on an interruption it stays.
+
+    Raises:
+        OutputError: ``out`` is occupied, cannot be written, or another run is writing it.
+    """
+    check_free(out, overwrite)
+    partial = out.with_name(out.name + ".partial")
+    made = _make_parents(partial)
+    lock = FileLock(partial / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"another run is writing {partial}; wait for it, or give another --out") from error
+    _clear(partial)
+    try:
+        with full_disk_is_an_error(partial):
+            (partial / RECORD).mkdir()
+            with log_file(partial / RECORD / "log.txt"):
+                yield partial
+    except KeyboardInterrupt:
+        lock.release()
+        log.warning("Interrupted: the unfinished work is in %s; run the same command again, or remove it.", partial)
+        raise
+    except BaseException:
+        lock.release()
+        _remove(partial, made)
+        raise
+    lock.release()
+    with full_disk_is_an_error(partial):
+        _replace(partial, out)
+
+
+def _make_parents(partial: Path) -> list[Path]:
+    """Create ``partial`` and return the folders that were not there, innermost first."""
+    made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
+    if partial.is_dir() and any(item.name != ".lock" for item in partial.iterdir()):
+        log.info("Starting over: %s was left by an unfinished run.", partial)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{partial} cannot be created: {error.strerror}; give another --out") from error
+    return made
+
+
+def _clear(partial: Path) -> None:
+    for item in partial.iterdir():
+        if item.is_dir():
+            shutil.rmtree(item)
+        elif item.name != ".lock":
+            item.unlink()
+
+
+def _remove(partial: Path, made: list[Path]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for folder in made[1:]:
+        try:
+            folder.rmdir()
+        except OSError:
+            break
+
+
+def _replace(partial: Path, out: Path) -> None:
+    (partial / ".lock").unlink(missing_ok=True)
+    old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}") if out.exists() else None
+    if old is not None:
+        os.replace(out, old)
+    os.replace(partial, out)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,21 @@
+"""What a sweep measures, one file a kind of statistic.
+
+A statistic belongs to one matrix (``nn.Linear``) of one block. It is fed one calibration window at a time, merges with
+another worker's part, and gives its state as named tensors to store and resume. Every statistic is a mean over windows
+("sequences" in methods §0.2), so that figures do not depend on how many there were.
+"""
+
+from secateur.statistics.base import GradientStatistic, InputStatistic, Statistic
+from secateur.statistics.gradient import GradientAbs, GradientMean, GradientSquare
+from secateur.statistics.inputs import InputNorm, InputSecondMoment
+
+__all__ = [
+    "GradientAbs",
+    "GradientMean",
+    "GradientSquare",
+    "GradientStatistic",
+    "InputNorm",
+    "InputSecondMoment",
+    "InputStatistic",
+    "Statistic",
+]

