@@ -54,7 +54,12 @@ def prune(
 
 
 def plan(
-    model: str, out: str | Path | None = None, *, recipe: str | Path | None = None, overwrite: bool = False, **fields: Any
+    model: str,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Path | None = None,
+    overwrite: bool = False,
+    **fields: Any,
 ) -> Plan:
     """Decide what would leave, as ``prune`` does, and return the plan; saved to ``out`` where given."""
     from secateur import run
@@ -66,7 +71,12 @@ def plan(
 
 
 def apply(
-    plan: str | Path, out: str | Path, *, model: str | None = None, overwrite: bool = False, push_to_hub: str | None = None
+    plan: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
 ) -> Result:
     """Carry out a saved plan."""
     from secateur import run

@@ -305,7 +305,9 @@ def evaluate(
             "`hub:...`, or .safetensors with input_ids."
         ),
     ] = "python-docs",
-    window_length: Annotated[int | None, typer.Option(help="Context: tokens in a window. [default: 512]", show_default=False)] = None,
+    window_length: Annotated[
+        int | None, typer.Option(help="Context: tokens in a window. [default: 512]", show_default=False)
+    ] = None,
     max_windows: Annotated[int, typer.Option(help="Use at most this many windows, from the beginning.")] = 32,
     alone: Annotated[
         bool, typer.Option("--alone", help="Do not set a pruned model beside the one it came from.")

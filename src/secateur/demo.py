@@ -56,9 +56,7 @@ def run_demo(out: Path, quick: bool = False) -> None:
     pruned = prune(recipe, out / "pruned")
     log.info("[2/4] Recovering: LoRA for %d short steps, merged afterwards.", size.steps)
     settings = LoraSettings(steps=size.steps, batch_size=8, micro_batch=8, learning_rate=1e-3, held_out=4)
-    recovered = recover_folder(
-        str(out / "pruned"), out / "recovered", "self", size.training, size.length, settings
-    )
+    recovered = recover_folder(str(out / "pruned"), out / "recovered", "self", size.training, size.length, settings)
     assert pruned.folder is not None
     assert recovered.folder is not None
     folders = {
@@ -76,7 +74,9 @@ def run_demo(out: Path, quick: bool = False) -> None:
     console.print()
     for name, text in written.items():
         console.print(Panel(f"[dim]{PROMPT}[/dim]{text}", title=name, title_align="left"))
-    console.print(f"Done in {time.monotonic() - started:.0f} s. The smaller model is in [bold]{recovered.folder}[/bold]; load it with:\n")
+    console.print(
+        f"Done in {time.monotonic() - started:.0f} s. The smaller model is in [bold]{recovered.folder}[/bold]; load it with:\n"
+    )
     console.print(_three_lines(recovered.folder), highlight=False, soft_wrap=True)
 
 

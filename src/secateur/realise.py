@@ -22,7 +22,7 @@ from secateur.plan import Plan
 from secateur.planning import find_structure
 from secateur.removal.decision import BlockDecision
 from secateur.runfolder import RECORD
-from secateur.structure import Structure, cut_shapes
+from secateur.structure import Structure, cut_shapes, parameters_per_unit
 from secateur.sweep.logits import streamed_logits
 
 CHECK_TOKENS = 48
@@ -55,8 +55,10 @@ class Realisation:
                 f"the plan was made for another model ({plan.model.spec}, {plan.model.sha256[:12]}), not for "
                 f"{checkpoint.source.spec} ({checkpoint.content_hash[:12]}); give the model it names, or plan again"
             )
-        needs_structure = any(entry.cuts for entry in plan.blocks)
-        groups = (structure or find_structure(checkpoint)).units if needs_structure else []
+        if structure is None and any(entry.cuts for entry in plan.blocks):
+            structure = find_structure(checkpoint)
+        self.structure = structure
+        groups = structure.units if structure else []
         count = len(checkpoint.skeleton.blocks)
         if any(entry.block not in range(count) for entry in plan.blocks):
             raise PlanError(f"the plan names blocks that the model, which has {count}, does not have")
@@ -123,16 +125,20 @@ class Realisation:
         """Say before anything is cut what will not load everywhere, and the nearest plan that does."""
         if not self.output.uneven:
             return
-        totals = self.plan.removed_by_kind()
-        kinds = ",".join(kind for kind, (gone, _) in totals.items() if gone)
-        gone = sum(gone for gone, _ in totals.values())
-        there = sum(group.count for group in find_structure(self.checkpoint).units if group.kind in totals)
+        assert self.structure is not None
+        kinds = [kind for kind, (gone, _) in self.plan.removed_by_kind().items() if gone]
+        there = sum(
+            group.count * parameters_per_unit(group, self.shapes_before[group.block])
+            for group in self.structure.units
+            if group.kind in kinds
+        )
+        before, after = self.sizes()
         log.warning(
             "UNEVEN: blocks keep different sizes, so plain transformers loads the result only with trust_remote_code=True "
             "(secateur.load needs no such thing). The nearest plan that loads everywhere: --allocation uniform --unit %s --ratio %.3f "
             "on all blocks.",
-            kinds,
-            gone / there,
+            ",".join(kinds),
+            (before.parameters - after.parameters) / there,
         )
 
     def write(self, folder: Path) -> list[Path]:

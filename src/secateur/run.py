@@ -138,10 +138,10 @@ def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], 
     (partial / RECORD / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     record |= _plan_record(plan, realisation)
     record["logits_difference"] = realisation.verify(partial)
-    pattern = recipe.n_of_m
+    groups = realisation.structure.units if realisation.structure else None
     blocks = recipe.block_range(len(realisation.decisions))
-    after = count_folder(partial, (pattern.keep, pattern.group) if pattern else None, blocks, recipe.trust_remote_code)
-    before = count_checkpoint(realisation.checkpoint)
+    after = count_folder(partial, groups, recipe.n_of_m, blocks, recipe.trust_remote_code)
+    before = count_checkpoint(realisation.checkpoint, groups)
     record |= {"before": before.to_json(), "after": after.to_json(), "reached": reached(plan, before, after)}
     if evaluate_on is not None:
         from secateur.evaluation import evaluate

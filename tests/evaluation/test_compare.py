@@ -64,13 +64,13 @@ def test_the_table_has_a_row_for_each_figure_and_ratios_to_the_first(folders: di
     evaluation = measured(folders, text)
     shown = drawn(evaluation)
     for label in (
-        "perplexity (lower is better)", "parameters", "parameters not zero", "weights on disk", "MACs per token",
+        "perplexity", "parameters", "parameters not zero", "weights on disk", "MACs per token",
         "forward latency", "tokens a second",
     ):  # fmt: skip
         assert label in shown
     models = evaluation.models
     ratio = models["pruned"].perplexity.value / models["dense"].perplexity.value
-    row = next(line for line in shown.splitlines() if "perplexity" in line)
+    row = next(line for line in shown.splitlines() if line.lstrip().startswith("perplexity"))
     assert f"{models['dense'].perplexity.value:.2f}" in row
     assert f"{ratio:.2f}×" in row
 
@@ -79,8 +79,8 @@ def test_the_table_has_a_row_for_each_figure_and_ratios_to_the_first(folders: di
 def test_the_table_fits_100_columns(count: int, folders: dict[str, Path], text: str) -> None:
     many = {f"model {i}": folders["dense"] for i in range(count)}
     shown = drawn(measured(many, text), width=200)
-    assert max(map(len, shown.splitlines())) <= 100
-    assert shown.count("ratio") == (count - 1 if count <= 3 else 0)
+    assert max(len(line.rstrip()) for line in shown.splitlines()) <= 100
+    assert shown.splitlines()[1].count("ratio") == (count - 1 if count <= 3 else 0)
 
 
 def test_the_protocol_is_said(folders: dict[str, Path], text: str) -> None:

@@ -63,6 +63,12 @@ def test_a_picked_index_that_is_not_known_stops_the_trace() -> None:
         find_all_units(model, "model.layers")
 
 
+def test_a_write_into_a_buffer_stops_the_trace() -> None:
+    model = with_activation(lambda states: torch.empty(states.shape, device="meta").copy_(states))
+    with pytest.raises(StructureError, match=r"aten\.copy_\.default in mlp\.act_fn writes into a buffer"):
+        find_all_units(model, "model.layers")
+
+
 @pytest.mark.parametrize(
     ("function", "words"),
     [

@@ -99,6 +99,7 @@ def test_query_units_need_shared_keys_and_heads_need_two_groups() -> None:
 def test_the_features_of_a_single_head_are_no_channels() -> None:
     single = find(LlamaConfig(**{**SIZES, "num_attention_heads": 1, "num_key_value_heads": 1}))
     assert [(group.kind, group.module) for group in single.of_block(0)] == [("channel", "mlp")]
+    assert not single.refused
 
 
 def test_every_block_gets_its_own_groups(biased: Structure) -> None:

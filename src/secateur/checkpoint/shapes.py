@@ -32,11 +32,15 @@ class OutputShape:
 
 @dataclass(frozen=True)
 class _Family:
-    """A class that might carry the pruned weights: its config class, its architecture and the fields it starts from."""
+    """A class that might carry the pruned weights: its config class, its architecture and the fields it starts from.
+
+    ``pinned`` fields must not change: narrower heads have the shapes of fewer heads, and another function.
+    """
 
     config_class: type
     architecture: str
     fields: dict[str, Any]
+    pinned: frozenset[str] = frozenset()
 
     def config(self, **overrides: Any) -> Any:
         config = self.config_class(**{**copy.deepcopy(self.fields), **overrides})
@@ -92,16 +96,17 @@ def _families(config: Any, architecture: str, head_dim: int | None) -> list[_Fam
     from transformers import GraniteConfig, MistralConfig
 
     fields = {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED_OVER}
+    pinned = frozenset() if head_dim is None else frozenset({"head_dim"})
     if head_dim is not None:
         fields["head_dim"] = head_dim
-    families = [_Family(type(config), architecture, fields)]
+    families = [_Family(type(config), architecture, fields, pinned)]
     if config.model_type == "llama":  # the only family known to refuse sizes that a twin accepts
-        families.append(_Family(MistralConfig, "MistralForCausalLM", fields | {"sliding_window": None}))
+        families.append(_Family(MistralConfig, "MistralForCausalLM", fields | {"sliding_window": None}, pinned))
         if head_dim is not None or getattr(config, "head_dim", None):
             scale = float(head_dim or config.head_dim) ** -0.5
             neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
             families.append(
-                _Family(GraniteConfig, "GraniteForCausalLM", fields | neutral | {"attention_multiplier": scale})
+                _Family(GraniteConfig, "GraniteForCausalLM", fields | neutral | {"attention_multiplier": scale}, pinned)
             )
     return families
 
@@ -125,9 +130,8 @@ def _overrides(family: _Family, before: Sequence[Shapes], after: Sequence[Shapes
 
 def _solve(family: _Family, index: int, old: Shapes, new: Shapes, hint: tuple[str, ...]) -> dict[str, int] | None:
     """Change fields that may follow the changed dimensions, fewest first, until the family builds the new shapes."""
-    candidates = _candidates(family.fields, old, new)
+    candidates = [c for c in _candidates(family.fields, old, new) if c[0] not in family.pinned]
     choices = [dict(choice) for size in range(1, 4) for choice in itertools.combinations(candidates, size)]
-    choices = [choice for choice in choices if len(choice) <= 3]
     choices.sort(key=lambda choice: (tuple(choice) != hint, len(choice)))
     for choice in choices:
         try:

@@ -51,6 +51,10 @@ class PrunedForCausalLM:
         return uneven_class(getattr(transformers, config.architectures[0]))
 
     @classmethod
+    def register_for_auto_class(cls, auto_class: Any = None) -> None:
+        """``AutoModel`` announces itself to every remote class; there is nothing to note down."""
+
+    @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         if config is None:
             config = transformers.AutoConfig.from_pretrained(folder)

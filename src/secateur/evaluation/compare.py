@@ -23,7 +23,7 @@ DEFAULT_MAX_WINDOWS = 32
 SPEED_TOKENS = 128
 """Tokens of the forward that is timed and whose MACs are counted: a prompt of ordinary length."""
 
-LEFT_TO_RIGHT_RATIOS = 3
+MOST_WITH_RATIOS = 3
 """With more models than this, ratios to the first would not fit a terminal of 100 columns."""
 
 
@@ -62,46 +62,25 @@ class Evaluation:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        with_ratios = 1 < len(self.models) <= LEFT_TO_RIGHT_RATIOS
-        first = next(iter(self.models))
-        table = Table(box=SIMPLE_HEAD, header_style="bold")
+        columns = {name: _rows(figures) for name, figures in self.models.items()}
+        first = next(iter(columns))
+        with_ratios = 1 < len(columns) <= MOST_WITH_RATIOS
+        note = f"; ratios are to {first}" if with_ratios else ""
+        table = Table(box=SIMPLE_HEAD, header_style="bold", caption=f"lower perplexity is better{note}")
         table.add_column("")
-        for name in self.models:
+        for name in columns:
             table.add_column(name, justify="right", overflow="fold")
             if with_ratios and name != first:
                 table.add_column("ratio", justify="right", style="dim", no_wrap=True)
-        for label, value, shown in self._rows():
+        for label, (yardstick, _) in columns[first].items():
             cells = [label]
-            for name, figures in self.models.items():
-                cells.append(shown(figures))
+            for name, rows in columns.items():
+                value, shown = rows[label]
+                cells.append(shown)
                 if with_ratios and name != first:
-                    cells.append(f"{value(figures) / value(self.models[first]):.2f}×")
+                    cells.append(f"{value / yardstick:.2f}×")
             table.add_row(*cells)
         return table
-
-    def _rows(self) -> list[tuple[str, Callable[[ModelFigures], float], Callable[[ModelFigures], str]]]:
-        """Label, number and shown text of each row."""
-        rows: list[tuple[str, Callable[[ModelFigures], float], Callable[[ModelFigures], str]]] = [
-            ("perplexity (lower is better)", lambda m: m.perplexity.value, lambda m: f"{m.perplexity.value:,.2f}"),
-            ("parameters", lambda m: m.size.parameters, lambda m: human_count(m.size.parameters)),
-            (
-                "parameters not zero",
-                lambda m: m.size.nonzero_parameters,
-                lambda m: human_count(m.size.nonzero_parameters),
-            ),
-            ("weights on disk", lambda m: m.size.bytes_on_disk, lambda m: human_bytes(m.size.bytes_on_disk)),
-            ("MACs per token", lambda m: m.size.macs_per_token, lambda m: human_count(m.size.macs_per_token)),
-        ]
-        if all(figures.speed for figures in self.models.values()):
-            rows += [
-                ("forward latency", lambda m: _speed(m).latency, lambda m: _latency(_speed(m))),
-                (
-                    "tokens a second",
-                    lambda m: _speed(m).tokens_per_second,
-                    lambda m: f"{_speed(m).tokens_per_second:,.0f}",
-                ),
-            ]
-        return rows
 
 
 def evaluate(
@@ -146,7 +125,7 @@ def evaluate(
         figures[name] = perplexity(model, windows, batch_size), size_of(model, folder, prompt_1T)
         if speed:
             resident[name] = model
-        keep = model
+        del model
     speeds = measure_speed(resident, prompt_1T, repeats) if speed else {}
     measured = {name: ModelFigures(str(models[name]), *figures[name], speeds.get(name)) for name in models}
     return Evaluation(measured, _protocol(measured, windows, prompt_1T.shape[1]), text, windows.sha256)
@@ -170,12 +149,22 @@ def _protocol(models: Mapping[str, ModelFigures], windows: TokenWindows, prompt:
     return text
 
 
-def _speed(figures: ModelFigures) -> Speed:
-    assert figures.speed is not None
-    return figures.speed
+def _rows(figures: ModelFigures) -> dict[str, tuple[float, str]]:
+    """Each row's number, and how it is shown."""
+    size, speed = figures.size, figures.speed
+    rows: dict[str, tuple[float, str]] = {
+        "perplexity": (figures.perplexity.value, f"{figures.perplexity.value:,.2f}"),
+        "parameters": (size.parameters, human_count(size.parameters)),
+        "parameters not zero": (size.nonzero_parameters, human_count(size.nonzero_parameters)),
+        "weights on disk": (size.bytes_on_disk, human_bytes(size.bytes_on_disk)),
+        "MACs per token": (size.macs_per_token, human_count(size.macs_per_token)),
+    }
+    if speed:
+        rows["forward latency"] = (speed.latency, _milliseconds(speed.latency, speed.latency_spread))
+        rows["tokens a second"] = (speed.tokens_per_second, f"{speed.tokens_per_second:,.0f}")
+    return rows
 
 
-def _latency(speed: Speed) -> str:
-    milliseconds, spread = 1000 * speed.latency, 1000 * speed.latency_spread
-    digits = 0 if milliseconds >= 100 else 1
-    return f"{milliseconds:,.{digits}f} ± {spread:,.{digits}f} ms"
+def _milliseconds(seconds: float, spread: float) -> str:
+    digits = 0 if seconds >= 0.1 else 1
+    return f"{1000 * seconds:,.{digits}f} ± {1000 * spread:,.{digits}f} ms"

@@ -1,0 +1,6 @@
+"""Giving back what pruning took, by a little tuning."""
+
+from secateur.recovery.lora import recover_model
+from secateur.recovery.settings import LoraSettings, RecoveryLog
+
+__all__ = ["LoraSettings", "RecoveryLog", "recover_model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import torch
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.console import track
 from secateur.errors import StructureError
-from secateur.structure import find_all_units
+from secateur.recipe import NofM
+from secateur.structure import UnitGroup, find_all_units
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,28 @@ class Count:
 
 
 def count_folder(
-    folder: Path, n_of_m: tuple[int, int] | None = None, blocks: range | None = None, trust: bool = False
+    folder: Path,
+    groups: Sequence[UnitGroup] | None = None,
+    n_of_m: NofM | None = None,
+    blocks: range | None = None,
+    trust_remote_code: bool = False,
 ) -> Count:
-    """Open ``folder`` anew and count. ``blocks``: where N:M was asked for."""
-    return count_checkpoint(open_checkpoint(str(folder), trust), n_of_m, blocks)
+    """Open ``folder`` anew and count."""
+    return count_checkpoint(open_checkpoint(str(folder), trust_remote_code), groups, n_of_m, blocks)
 
 
 def count_checkpoint(
-    checkpoint: Checkpoint, n_of_m: tuple[int, int] | None = None, blocks: range | None = None
+    checkpoint: Checkpoint,
+    groups: Sequence[UnitGroup] | None = None,
+    n_of_m: NofM | None = None,
+    blocks: range | None = None,
 ) -> Count:
-    """Count what ``checkpoint`` stores; one block in memory."""
+    """Count what ``checkpoint`` stores; one block in memory.
+
+    Args:
+        groups: the dense model's units, whose widths tell how many are left; None finds the model's own.
+        n_of_m: a pattern to check, in ``blocks`` (None: everywhere).
+    """
     skeleton = checkpoint.skeleton
     zeros = prunable = 0
     valid = None if n_of_m is None else True
@@ -59,13 +73,13 @@ def count_checkpoint(
             prunable += weight_OI.numel()
             zeros += int((weight_OI == 0).sum())
             if n_of_m is not None and (blocks is None or index in blocks):
-                valid = valid and _keeps_at_most(weight_OI, *n_of_m)
+                valid = valid and _keeps_at_most(weight_OI, n_of_m.keep, n_of_m.group)
     return Count(
         parameters=checkpoint.parameters(),
         bytes=sum(tensor.bytes for tensor in checkpoint.tensors.values()),
         zeros=zeros,
         prunable=prunable,
-        units=_units(checkpoint),
+        units=_units(checkpoint, groups),
         valid_n_of_m=valid,
     )
 
@@ -81,12 +95,16 @@ def _keeps_at_most(weight_OI: torch.Tensor, keep: int, group: int) -> bool:
     return weight_OI.shape[1] % group == 0 and int((weight_OI.reshape(-1, group) != 0).sum(dim=1).max()) <= keep
 
 
-def _units(checkpoint: Checkpoint) -> dict[str, int]:
-    try:
-        structure = find_all_units(checkpoint.skeleton.model, checkpoint.skeleton.blocks_name)
-    except StructureError:  # masks need no structure: a model that cannot be traced can still be masked
-        return {}
+def _units(checkpoint: Checkpoint, groups: Sequence[UnitGroup] | None) -> dict[str, int]:
+    """Units by kind, from the stored shapes: a unit's narrowest member is owned by nothing but the unit."""
+    if groups is None:
+        try:
+            groups = find_all_units(checkpoint.skeleton.model, checkpoint.skeleton.blocks_name).units
+        except StructureError:  # masks need no structure: a model that cannot be traced can still be masked
+            return {}
     counts: Counter[str] = Counter()
-    for group in structure.units:
-        counts[group.kind] += group.count
+    for group in groups:
+        narrowest = min(group.members, key=lambda member: member.index_UC.shape[1])
+        stored = checkpoint.tensors[checkpoint.skeleton.block_prefix(group.block) + narrowest.parameter]
+        counts[group.kind] += stored.shape[narrowest.dim] // narrowest.index_UC.shape[1]
     return dict(counts)
