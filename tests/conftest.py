@@ -87,3 +87,37 @@ def reference() -> Path:
     if not REFERENCE.is_dir():
         pytest.skip("the reference windows are not here")
     return REFERENCE
+
+
+@pytest.fixture
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load written models in this process instead of a fresh one: the same check without the seconds of a start."""
+    from transformers import AutoModelForCausalLM
+
+    from secateur import realise, recovering
+
+    def plain_logits(folder: Path, ids_BT: torch.Tensor, remote_code: bool) -> torch.Tensor:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=remote_code)
+        with torch.no_grad():
+            return model.eval()(input_ids=ids_BT, use_cache=False).logits
+
+    monkeypatch.setattr(realise, "fresh_logits", plain_logits)
+    monkeypatch.setattr(recovering, "fresh_logits", plain_logits)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line in this process; returns (exit code, stdout, stderr)."""
+    from secateur import cli
+
+    def do(*words: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["secateur", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return do

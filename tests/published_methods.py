@@ -5,6 +5,7 @@ Nothing here shares code with Secateur: statistics, loops over sequences and mas
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -40,20 +41,18 @@ def prune_block_by_block(model: Any, ids_NT: torch.Tensor, metric: Any, mask: An
     blocks = model.model.layers
     hidden, arguments = [], []
 
-    class Catch(Exception):
+    class CatchError(Exception):
         pass
 
     def catcher(module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden.append(args[0] if args else kwargs["hidden_states"])
         arguments.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
-        raise Catch
+        raise CatchError
 
     handle = blocks[0].register_forward_pre_hook(catcher, with_kwargs=True)
     for ids_T in ids_NT:
-        try:
+        with contextlib.suppress(CatchError):
             model(input_ids=ids_T[None], use_cache=False)
-        except Catch:
-            pass
     handle.remove()
     kept = {}
     for index, block in enumerate(blocks):
@@ -92,12 +91,22 @@ def wanda_metric(name: str, weight: torch.Tensor, scaler_row: torch.Tensor) -> t
     return weight.abs() * torch.sqrt(scaler_row)
 
 
-def gblm_metric(gradients: list[dict[str, torch.Tensor]], norm: str, alpha: float = 100.0) -> Any:
+def folded_gradients(model: Any, ids_NT: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+    """Over windows, for each parameter: sum of |g|, sum of g^2 and sum of g, by plain backpropagation."""
+    folded: dict[str, dict[str, torch.Tensor]] = {"abs": {}, "square": {}, "signed": {}}
+    for ids_T in ids_NT:
+        (gradients,) = window_gradients(model, ids_T[None])
+        for name, g in gradients.items():
+            for kind, term in (("abs", g.abs()), ("square", g.square()), ("signed", g)):
+                folded[kind][name] = folded[kind][name] + term if name in folded[kind] else term
+    return folded
+
+
+def gblm_metric(folded: dict[str, dict[str, torch.Tensor]], norm: str, alpha: float = 100.0) -> Any:
     """The published file holds norms of ``alpha``-scaled gradients over samples, without any 1/N."""
 
     def metric(name: str, weight: torch.Tensor, scaler_row: torch.Tensor) -> torch.Tensor:
-        stack = torch.stack([alpha * g[name] for g in gradients])
-        size = stack.abs().sum(0) if norm == "l1" else stack.square().sum(0).sqrt()
+        size = alpha * (folded["abs"][name] if norm == "l1" else folded["square"][name].sqrt())
         return weight.abs() * torch.sqrt(scaler_row) + weight.abs() * size
 
     return metric
@@ -123,15 +132,14 @@ def lowest_of_groups(remove: int, group: int) -> Any:
     return mask
 
 
-def taylor_terms(model: Any, gradients: list[dict[str, torch.Tensor]], order: str) -> dict[str, torch.Tensor]:
+def taylor_terms(
+    model: Any, folded: dict[str, dict[str, torch.Tensor]], windows: int, order: str
+) -> dict[str, torch.Tensor]:
     """Per-weight terms as in methods §14.2; ``vector`` keeps its sign."""
     terms = {}
     for name, parameter in model.named_parameters():
-        if name not in gradients[0]:
-            continue
         weight = parameter.detach()
-        mean = sum(g[name] for g in gradients) / len(gradients)
-        fisher = sum(g[name] ** 2 for g in gradients) / len(gradients)
+        mean, fisher = folded["signed"][name] / windows, folded["square"][name] / windows
         terms[name] = {
             "vector": weight * mean,
             "first": (weight * mean).abs(),
@@ -151,7 +159,9 @@ def channel_scores(terms: dict[str, torch.Tensor], block: int, order: str) -> to
     return torch.stack([torch.as_tensor(s) for s in scores])
 
 
-def head_scores(terms: dict[str, torch.Tensor], block: int, order: str, kv_heads: int, heads: int, width: int) -> torch.Tensor:
+def head_scores(
+    terms: dict[str, torch.Tensor], block: int, order: str, kv_heads: int, heads: int, width: int
+) -> torch.Tensor:
     """The score of each KV group of a Llama block, looped over its rows and columns."""
     q, k, v, o = (terms[f"model.layers.{block}.self_attn.{name}_proj.weight"].double() for name in "qkvo")
     repeats = heads // kv_heads

@@ -19,7 +19,7 @@ __all__ = ["__version__", "apply", "evaluate", "load", "plan", "prune", "recover
 
 if TYPE_CHECKING:
     from secateur.evaluation import Evaluation
-    from secateur.plan import Plan
+    from secateur.plans import Plan
     from secateur.run import Result
 
 # Everything heavy is imported when it is called, so that `import secateur` and `secateur --help` stay fast.

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from secateur.errors import SecateurError
+from secateur.errors import SecateurError, Stopped
 
 app = typer.Typer(
     name="secateur",
@@ -390,36 +390,25 @@ def demo(
 def main() -> None:
     """Run the command line: what the user can mend is one sentence on stderr and exit code 2."""
 
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
+    def stop(signum: int, frame: Any) -> None:
+        raise Stopped
 
-    signal.signal(signal.SIGTERM, interrupt)
+    # Not KeyboardInterrupt: Typer turns that into a silent end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         app(standalone_mode=False)
     except SecateurError as error:
         _complain(str(error))
-    except KeyboardInterrupt:
+    except Stopped:
         _complain("stopped before it was finished")
     except MemoryError:
         _complain("this machine's memory is used up; give a smaller --micro-batch, --memory or --window-length")
     except Exception as error:
-        _handle_usage(error)
-
-
-def _handle_usage(error: Exception) -> None:
-    """Typer's own complaints (an unknown flag, a missing argument) become one sentence too; all else is a defect."""
-    import click
-
-    for kind in (click.exceptions.Abort, click.exceptions.Exit, click.exceptions.ClickException):
-        if not isinstance(error, kind):
-            continue
-        if isinstance(error, click.exceptions.Exit):
-            sys.exit(error.exit_code)
-        if isinstance(error, click.exceptions.Abort):
-            _complain("stopped before it was finished")
-        assert isinstance(error, click.exceptions.ClickException)
+        # Typer's own complaints (an unknown flag, a missing argument) become one sentence too; all else is a defect.
+        if not hasattr(error, "format_message"):
+            raise
         _complain(error.format_message())
-    raise error
 
 
 def _complain(sentence: str) -> None:

@@ -33,7 +33,7 @@ class DemoSize:
     test: int
 
 
-FULL = DemoSize(calibration=24, training=192, length=128, steps=40, test=12)
+FULL = DemoSize(calibration=24, training=96, length=128, steps=32, test=12)
 QUICK = DemoSize(calibration=8, training=8, length=96, steps=4, test=3)
 
 

@@ -14,6 +14,10 @@ class SecateurError(Exception):
     """Base of every error whose message is written for the user."""
 
 
+class Stopped(BaseException):
+    """The command was told to stop by a signal; like ``KeyboardInterrupt`` it passes through every ``except Exception``."""
+
+
 class ModelError(SecateurError):
     """The model cannot be opened or used: missing, damaged, mismatched or of an unsupported form."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from secateur.checkpoint.skeleton import is_uneven, load_config
 from secateur.checkpoint.uneven import PrunedForCausalLM
@@ -28,7 +29,9 @@ def load(folder: str | Path, dtype: Any = torch.float32, **kwargs: Any) -> Any:
     config = load_config(folder, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     loader: Any = PrunedForCausalLM if is_uneven(config) else AutoModelForCausalLM
     try:
-        return loader.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True, **kwargs).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+        return loader.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **kwargs
+        ).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder} does not load: {reason}") from error

@@ -21,7 +21,7 @@ from secateur.criteria.base import Matrix
 from secateur.criteria.units import unit_scores
 from secateur.errors import RecipeError
 from secateur.files import cache_folder
-from secateur.plan import CalibrationIdentity, ModelIdentity, Plan
+from secateur.plans import CalibrationIdentity, ModelIdentity, Plan
 from secateur.recipe import Recipe
 from secateur.removal.decision import BlockDecision, Removals
 from secateur.removal.masks import layer_mask, n_of_m_mask, row_mask, threshold_mask

@@ -18,8 +18,8 @@ from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
 from secateur.errors import PlanError
 from secateur.files import human_bytes, require_space, sha256_of_file, write_json
-from secateur.plan import Plan
 from secateur.planning import find_structure
+from secateur.plans import Plan
 from secateur.removal.decision import BlockDecision
 from secateur.runfolder import RECORD
 from secateur.structure import Structure, cut_shapes, parameters_per_unit

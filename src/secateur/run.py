@@ -15,8 +15,8 @@ from secateur.calibration import fingerprint
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.console import log
 from secateur.files import full_disk_is_an_error, write_json
-from secateur.plan import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.planning import Planner, default_workplace
+from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
 from secateur.recipe import Recipe
 from secateur.report.card import model_card
@@ -151,6 +151,8 @@ def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], 
             {"dense": realisation.checkpoint.folder, "pruned": partial}, text=evaluate_on, load=load, speed=False
         )
         record["evaluation"] = evaluation.to_json()
+        for figures in record["evaluation"]["models"].values():
+            del figures["folder"]  # the folder it was measured in is about to be renamed
     write_card(partial, plan, realisation, record)
     log.info("Asked for %s.", asked(plan))
     log.info("Reached: %s.", record["reached"])

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from secateur.console import log, log_file
-from secateur.errors import OutputError
+from secateur.errors import OutputError, Stopped
 from secateur.files import full_disk_is_an_error
 
 RECORD = "secateur"
@@ -55,29 +55,35 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """
     check_free(out, overwrite)
     partial = out.with_name(out.name + ".partial")
-    made = _make_parents(partial)
+    made: list[Path] = []
     lock = FileLock(partial / ".lock", timeout=0)
     try:
-        lock.acquire()
-    except Timeout as error:
-        raise OutputError(f"another run is writing {partial}; wait for it, or give another --out") from error
-    _clear(partial)
-    try:
+        made = _make_parents(partial)
+        _acquire(lock, partial)
         with full_disk_is_an_error(partial):
+            _clear(partial)
             (partial / RECORD).mkdir()
             with log_file(partial / RECORD / "log.txt"):
                 yield partial
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         lock.release()
         log.warning("Interrupted: the unfinished work is in %s; run the same command again, or remove it.", partial)
         raise
     except BaseException:
-        lock.release()
-        _remove(partial, made)
+        if lock.is_locked:  # otherwise the folder is another run's
+            lock.release()
+            _remove(partial, made)
         raise
     lock.release()
     with full_disk_is_an_error(partial):
         _replace(partial, out)
+
+
+def _acquire(lock: FileLock, partial: Path) -> None:
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise OutputError(f"another run is writing {partial}; wait for it, or give another --out") from error
 
 
 def _make_parents(partial: Path) -> list[Path]:

@@ -12,13 +12,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.checkpoint.skeleton import build_skeleton
+from secateur.checkpoint.skeleton import build_skeleton, is_uneven
 from secateur.errors import ModelError, StructureError
 
 Shapes = Mapping[str, Sequence[int]]
 
 REMOTE_CLASS = "modeling_secateur.PrunedForCausalLM"
-NOT_CARRIED_OVER = ("model_type", "architectures", "auto_map", "transformers_version", "per_layer_config")
+NOT_CARRIED_OVER = (
+    "model_type",
+    "architectures",
+    "auto_map",
+    "transformers_version",
+    "per_layer_config",
+    "allow_global_per_layer_attribute_access",
+)
 
 
 @dataclass(frozen=True)
@@ -64,9 +71,9 @@ def output_shape(
         StructureError: no native class can say these sizes.
     """
     if all(same(b, a) for b, a in zip(before, after, strict=True)):
-        return OutputShape(copy.deepcopy(config), architecture, uneven=False)
+        return OutputShape(copy.deepcopy(config), architecture, uneven=is_uneven(config))
     for family in _families(config, architecture, head_dim):
-        overrides = _overrides(family, before, after)
+        overrides = _overrides(family, after)
         if overrides is None:
             continue
         if all(o == overrides[0] for o in overrides):
@@ -111,12 +118,20 @@ def _families(config: Any, architecture: str, head_dim: int | None) -> list[_Fam
     return families
 
 
-def _overrides(family: _Family, before: Sequence[Shapes], after: Sequence[Shapes]) -> list[dict[str, int]] | None:
-    """For each block the config fields that give it its new shapes, or None where the family has none."""
+def _overrides(family: _Family, after: Sequence[Shapes]) -> list[dict[str, int]] | None:
+    """For each block the config fields that give it its new shapes, or None where the family has none.
+
+    They are counted from the family's plain config, whose blocks are all alike, so that a model that was uneven
+    already is described anew.
+    """
+    try:
+        plain = [_block_shapes(block) for block in build_skeleton(family.config()).blocks]
+    except ModelError:
+        return None
     found: list[dict[str, int]] = []
     solved: dict[tuple, dict[str, int] | None] = {}
     hint: tuple[str, ...] = ()
-    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+    for index, (old, new) in enumerate(zip(plain, after, strict=True)):
         key = tuple(sorted((name, tuple(shape)) for name, shape in new.items()))
         if key not in solved:
             solved[key] = {} if same(old, new) else _solve(family, index, old, new, hint)

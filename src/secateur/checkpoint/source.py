@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import io
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from secateur.console import log, quiet_libraries
+from secateur.console import log, quiet_libraries, stderr
 from secateur.errors import ModelError
 from secateur.files import atomic_folder, cache_folder, full_disk_is_an_error, sha256_of_file
 
@@ -164,14 +166,11 @@ def _converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, folder: Path) -> None:
     quiet_libraries()
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    # transformers draws its own progress bar; in a file or a pipe it would be noise.
+    bar = contextlib.nullcontext() if stderr.is_terminal else contextlib.redirect_stderr(io.StringIO())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
-        )
+        with bar:
+            tokenizer, model = _read_gguf(gguf)
     except Exception as error:
         raise ModelError(
             f"{gguf} cannot be read as GGUF ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
@@ -184,3 +183,12 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.__dict__.pop("quantization_method", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _read_gguf(gguf: Path) -> tuple[Any, Any]:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
+    return tokenizer, AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **where)

@@ -115,7 +115,7 @@ def evaluate(
     """
     if not models:
         raise SecateurError("there is no model to evaluate; name at least one")
-    load = load or _load_safetensors
+    load = load or loading.load
     windows = text_windows(text, next(iter(models.values())), window_length, max_windows)
     prompt_1T = windows.ids_NT[:1, :SPEED_TOKENS]
     figures: dict[str, tuple[Perplexity, Size]] = {}
@@ -129,11 +129,6 @@ def evaluate(
     speeds = measure_speed(resident, prompt_1T, repeats) if speed else {}
     measured = {name: ModelFigures(str(models[name]), *figures[name], speeds.get(name)) for name in models}
     return Evaluation(measured, _protocol(measured, windows, prompt_1T.shape[1]), text, windows.sha256)
-
-
-def _load_safetensors(folder: Path) -> nn.Module:
-    model: nn.Module = loading.load(folder, use_safetensors=True)
-    return model
 
 
 def _protocol(models: Mapping[str, ModelFigures], windows: TokenWindows, prompt: int) -> str:

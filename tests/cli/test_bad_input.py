@@ -1,0 +1,298 @@
+"""Bad input: one sentence, exit code 2, no traceback, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_llama
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def flip_header_bit(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[3] ^= 0x40
+    file.write_bytes(content)
+
+
+def poison(value: float):
+    def do(folder: Path) -> None:
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return do
+
+
+def change_config(**fields):
+    def do(folder: Path) -> None:
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+    return do
+
+
+def drop_tensor(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.2.mlp.down_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04")
+
+
+DAMAGE = {
+    "truncated": (truncate, "truncated or damaged"),
+    "flipped bit in the header": (flip_header_bit, "truncated or damaged"),
+    "NaN": (poison(float("nan")), "model.layers.1.mlp.up_proj.weight.*NaN"),
+    "infinity": (poison(float("inf")), "model.layers.1.mlp.up_proj.weight.*infinite"),
+    "config of other widths": (change_config(intermediate_size=100), "do not belong together"),
+    "config of fewer blocks": (change_config(num_hidden_layers=2), "layers.2.*do not belong together"),
+    "config of more blocks": (change_config(num_hidden_layers=4), "layers.3.*do not belong together"),
+    "config that is not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "config of an unknown family": (change_config(model_type="nobody"), "config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "a missing tensor": (drop_tensor, "model.layers.2.mlp.down_proj.weight"),
+    "pickled weights": (pickle_only, "pickled.*save_pretrained"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "no \\*.safetensors"),
+}
+
+
+def refused(command, tmp_path: Path, sentence: str, *words, out="out") -> str:
+    before = sorted(tmp_path.rglob("*"))
+    code, stdout, stderr = command("prune", *words, "--out", tmp_path / "new" / out, "--json")
+    last = stderr.strip().splitlines()[-1]
+    assert code == 2
+    assert stdout == ""
+    assert "Traceback" not in stderr
+    assert last.startswith("secateur: ")
+    import re
+
+    assert re.search(sentence, last), last
+    left = [path for path in sorted(tmp_path.rglob("*")) if path not in before and "cache" not in path.parts]
+    assert not left
+    return last
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_models(case, command, llama_folder, windows_file, tmp_path):
+    damage, sentence = DAMAGE[case]
+    damage(llama_folder)
+    refused(command, tmp_path, sentence, llama_folder, "--calibration", windows_file)
+
+
+def test_an_index_that_names_a_missing_shard(command, save, windows_file, tmp_path):
+    folder = save(tiny_llama(), max_shard_size="100KB")
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+    refused(command, tmp_path, "names the shard model-00002.*missing", folder, "--calibration", windows_file)
+
+
+def test_a_flipped_bit_in_our_own_output_is_seen(command, llama_folder, windows_file, tmp_path):
+    import secateur
+
+    secateur.prune(str(llama_folder), tmp_path / "first", unit="weight", criterion="magnitude")
+    file = tmp_path / "first" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5000] ^= 1
+    file.write_bytes(content)
+    refused(command, tmp_path, "has changed since Secateur wrote it", tmp_path / "first", "--calibration", windows_file)
+
+
+WORDS = {
+    "missing model": (["nowhere"], "no model at 'nowhere'"),
+    "hub id, offline": (["org/model"], "not in the local cache"),
+    "ratio 1": (["MODEL", "--ratio", "1"], r"\[0, 1\)"),
+    "ratio -0.1": (["MODEL", "--ratio", "-0.1"], r"\[0, 1\)"),
+    "ratio nan": (["MODEL", "--ratio", "nan"], r"\[0, 1\)"),
+    "ratio 0": (["MODEL", "--ratio", "0"], "removes nothing"),
+    "too small a ratio": (["MODEL", "--unit", "head", "--ratio", "0.2"], "removes nothing"),
+    "unknown criterion": (["MODEL", "--criterion", "tailor"], "did you mean 'taylor'"),
+    "unknown option": (["MODEL", "--criterion", "gblm:alfa=1"], "did you mean 'alpha'"),
+    "unknown unit": (["MODEL", "--unit", "heads"], "did you mean 'head'"),
+    "N:M that does not divide": (["MODEL", "--unit", "2:5"], "q_proj.weight' has 64 inputs"),
+    "N:M upside down": (["MODEL", "--unit", "4:2"], "no unit '4:2'"),
+    "two patterns": (["MODEL", "--unit", "2:4,4:8"], "one mask pattern"),
+    "blocks out of range": (["MODEL", "--blocks", "2:9"], "which has 0:3"),
+    "blocks of another form": (["MODEL", "--blocks", "2"], "FIRST:LAST"),
+    "global with pruned inputs": (["MODEL", "--allocation", "global", "--propagate", "pruned"], "--propagate dense"),
+    "unknown reduction": (["MODEL", "--reduce", "avg"], "--reduce"),
+    "unknown flag": (["MODEL", "--ration", "0.2"], "--ration"),
+    "memory": (["MODEL", "--memory", "lots"], "not a size"),
+    "missing recipe": (["MODEL", "--recipe", "none.yaml"], "no recipe"),
+    "missing calibration": (["MODEL", "--calibration", "none.txt"], "none.txt"),
+    "text without a tokenizer": (["MODEL", "--calibration", "TEXT"], "tokenizer"),
+    "ids outside the vocabulary": (["MODEL", "--calibration", "BAD_IDS"], "vocabulary"),
+    "more windows than there are": (["MODEL", "--calibration", "IDS", "--windows", "99"], "6"),
+}
+
+
+@pytest.mark.parametrize("case", WORDS)
+def test_bad_words(case, command, llama_folder, windows_file, tmp_path):
+    words, sentence = WORDS[case]
+    text, bad = tmp_path / "text.txt", tmp_path / "bad.safetensors"
+    text.write_text("some words " * 100)
+    save_file({"input_ids": torch.full((2, 8), 500)}, bad)
+    places = {"MODEL": llama_folder, "TEXT": text, "BAD_IDS": bad, "IDS": windows_file}
+    words = [places.get(word, word) for word in words]
+    if "--calibration" not in words:
+        words += ["--calibration", windows_file]
+    refused(command, tmp_path, sentence, *words)
+
+
+def test_a_recipe_with_an_unknown_field(command, llama_folder, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {llama_folder}\ncriterio: wanda\n")
+    refused(command, tmp_path, "did you mean 'criterion'", "--recipe", recipe)
+
+
+def test_a_recipe_works_and_flags_win(command, llama_folder, windows_file, tmp_path, same_process):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {llama_folder}\nunit: channel\nratio: 0.5\ncalibration: {windows_file}\n")
+    code, out, _ = command("prune", "--recipe", recipe, "--ratio", "0.25", "--out", tmp_path / "out", "--json")
+    assert code == 0
+    assert json.loads(out)["chosen"]["units"]["channel"] == {"removed": 72, "of": 288}
+    again = tmp_path / "out" / "secateur" / "recipe.yaml"
+    code, out, err = command("prune", "--recipe", again, "--out", tmp_path / "out", "--json")
+    assert code == 0
+    assert json.loads(out)["already_complete"]
+    assert "already complete" in err
+
+
+def test_an_occupied_out_is_refused_and_replaced_only_after_success(
+    command, llama_folder, windows_file, tmp_path, same_process
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    words = ["prune", llama_folder, "--out", out, "--calibration", windows_file]
+    code, _, err = command(*words)
+    assert (code, (out / "precious").read_text()) == (2, "mine")
+    assert "--overwrite" in err
+    assert command(*words, "--overwrite", "--ratio", "0")[0] == 2
+    assert (out / "precious").read_text() == "mine"
+    assert command(*words, "--overwrite")[0] == 0
+    assert not (out / "precious").exists()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(("out", ".out"))) == ["out"]
+
+
+def test_out_that_is_a_file(command, llama_folder, windows_file, tmp_path):
+    (tmp_path / "out").write_text("x")
+    code, _, err = command("prune", llama_folder, "--out", tmp_path / "out", "--calibration", windows_file)
+    assert code == 2
+    assert "is a file" in err
+
+
+def test_a_plan_that_was_edited_or_belongs_to_another_model(command, save, llama_folder, windows_file, tmp_path):
+    plan = tmp_path / "p.json"
+    fields = ["--unit", "head", "--ratio", "0.25", "--calibration", windows_file]
+    assert command("plan", llama_folder, "--out", plan, *fields)[0] == 0
+    content = json.loads(plan.read_text())
+    edits = {
+        "without a single head": lambda c: c["blocks"][1]["cuts"][0].update(removed=[0, 1, 2, 3]),
+        "do not exist": lambda c: c["blocks"][1]["cuts"][0].update(removed=[7]),
+        "does not have": lambda c: c["blocks"][1]["cuts"][0].update(count=5),
+        "another model": lambda c: c["model"].update(sha256="0" * 64),
+        "not a plan": lambda c: c.update(format=9),
+    }
+    for sentence, edit in edits.items():
+        edited = json.loads(json.dumps(content))
+        edit(edited)
+        plan.write_text(json.dumps(edited))
+        code, _, err = command("apply", plan, "--out", tmp_path / "out")
+        assert code == 2
+        assert sentence in err, err
+        assert not (tmp_path / "out").exists()
+
+
+def test_masks_of_another_plan_are_refused(command, llama_folder, tmp_path):
+    for name, ratio in (("a", "0.5"), ("b", "0.6")):
+        words = ["--unit", "weight", "--criterion", "magnitude", "--ratio", ratio]
+        assert command("plan", llama_folder, "--out", tmp_path / f"{name}.json", *words)[0] == 0
+    shutil.copyfile(tmp_path / "b.masks.safetensors", tmp_path / "a.masks.safetensors")
+    code, _, err = command("apply", tmp_path / "a.json", "--out", tmp_path / "out")
+    assert code == 2
+    assert "masks" in err
+
+
+def start(folder: Path, out: Path, windows: Path, **options) -> subprocess.Popen:
+    words = ["prune", str(folder), "--out", str(out), "--calibration", str(windows)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "secateur", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_partial_and_says_so(sent, llama_folder, windows_file, tmp_path):
+    process = start(llama_folder, tmp_path / "out", windows_file)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.partial" / "secateur").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert "Traceback" not in err
+    assert "out.partial" in err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists()
+    finished = start(llama_folder, tmp_path / "out", windows_file)
+    _, err = finished.communicate(timeout=120)
+    assert finished.returncode == 0, err
+    assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(llama_folder, windows_file, tmp_path):
+    """A limit on file sizes stands in for the disk: the system refuses to write on in the middle of the weights."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    environment = os.environ | {"SECATEUR_CACHE": str(tmp_path / "cache")}
+    process = start(llama_folder, tmp_path / "out", windows_file, preexec_fn=limit, env=environment)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert "disk filled up" in err.strip().splitlines()[-1]
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_too_little_disk_is_seen_before_writing(command, llama_folder, windows_file, tmp_path, monkeypatch):
+    import collections
+
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    refused(command, tmp_path, "has 1000 B free", llama_folder, "--calibration", windows_file)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(command, llama_folder, windows_file, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "out.partial").mkdir()
+    with FileLock(tmp_path / "out.partial" / ".lock"):
+        code, _, err = command("prune", llama_folder, "--out", tmp_path / "out", "--calibration", windows_file)
+    assert code == 2
+    assert "another run" in err
+
+
+def test_a_result_that_does_not_match_fails_the_run(command, llama_folder, windows_file, tmp_path, monkeypatch):
+    from secateur import realise
+
+    monkeypatch.setattr(realise, "fresh_logits", lambda folder, ids, remote_code: torch.zeros(1, ids.shape[1], 128))
+    refused(command, tmp_path, "differ from the masked dense model", llama_folder, "--calibration", windows_file)
