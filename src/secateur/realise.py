@@ -123,9 +123,8 @@ class Realisation:
 
     def announce(self) -> None:
         """Say before anything is cut what will not load everywhere, and the nearest plan that does."""
-        if not self.output.uneven:
+        if not self.output.uneven or self.structure is None:  # without a cut, blocks differ only as they did before
             return
-        assert self.structure is not None
         kinds = [kind for kind, (gone, _) in self.plan.removed_by_kind().items() if gone]
         there = sum(
             group.count * parameters_per_unit(group, self.shapes_before[group.block])

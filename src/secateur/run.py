@@ -81,8 +81,9 @@ def prune(
         return already_complete(out, push_to_hub)
     check_free(out, overwrite)
     with timed_run(out, overwrite, identity) as (partial, record):
-        planner = Planner(checkpoint, recipe, default_workplace(partial / "scratch"))
-        plan = planner.plan()
+        with _stage(record, "choosing"):
+            planner = Planner(checkpoint, recipe, default_workplace(partial / "scratch"))
+            plan = planner.plan()
         structure = planner.structure if recipe.cut_kinds else None
         _carry_out(Realisation(checkpoint, plan, structure), partial, record, evaluate_on)
     return finished(out, record, push_to_hub)
@@ -124,6 +125,14 @@ def timed_run(out: Path, overwrite: bool, identity: dict[str, Any]) -> Iterator[
         write_json(partial / RECORD / RUN_FILE, record)
 
 
+@contextmanager
+def _stage(record: dict[str, Any], name: str) -> Iterator[None]:
+    """Note how long a stage took."""
+    started = time.monotonic()
+    yield
+    record.setdefault("stages", {})[name] = round(time.monotonic() - started, 3)
+
+
 def _remove_scratch(partial: Path) -> None:
     import shutil
 
@@ -133,11 +142,13 @@ def _remove_scratch(partial: Path) -> None:
 def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], evaluate_on: str | None) -> None:
     plan, recipe = realisation.plan, realisation.plan.recipe
     realisation.announce()
-    realisation.write(partial)
+    with _stage(record, "writing"):
+        realisation.write(partial)
     plan.save(partial / RECORD / PLAN_FILE)
     (partial / RECORD / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     record |= _plan_record(plan, realisation)
-    record["logits_difference"] = realisation.verify(partial)
+    with _stage(record, "checking"):
+        record["logits_difference"] = realisation.verify(partial)
     groups = realisation.structure.units if realisation.structure else None
     blocks = recipe.block_range(len(realisation.decisions))
     after = count_folder(partial, groups, recipe.n_of_m, blocks, recipe.trust_remote_code)

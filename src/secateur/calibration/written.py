@@ -55,7 +55,7 @@ def written_windows(
         if ids_NT is not None:
             log.debug("Self-written windows read from %s.", kept)
             return ids_NT
-    model = load(model_folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code)
+    model = load(model_folder, dtype="auto", trust_remote_code=trust_remote_code)
     if model.dtype == torch.float16:
         model = model.float()  # half precision overflows easily, and is slow on a CPU
     special = special_tokens(model_folder, model.config, model.generation_config, vocabulary, trust_remote_code)

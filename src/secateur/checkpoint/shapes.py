@@ -12,12 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.checkpoint.skeleton import build_skeleton, is_uneven
+from secateur.checkpoint.skeleton import REMOTE_CLASS, build_skeleton, is_uneven
 from secateur.errors import ModelError, StructureError
 
 Shapes = Mapping[str, Sequence[int]]
 
-REMOTE_CLASS = "modeling_secateur.PrunedForCausalLM"
 NOT_CARRIED_OVER = (
     "model_type",
     "architectures",
@@ -128,6 +127,8 @@ def _overrides(family: _Family, after: Sequence[Shapes]) -> list[dict[str, int]]
         plain = [_block_shapes(block) for block in build_skeleton(family.config()).blocks]
     except ModelError:
         return None
+    if any(old.keys() != new.keys() for old, new in zip(plain, after, strict=True)):
+        return None  # a twin without these biases
     found: list[dict[str, int]] = []
     solved: dict[tuple, dict[str, int] | None] = {}
     hint: tuple[str, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch import nn
 from secateur.checkpoint.uneven import PrunedForCausalLM, largest_module_list
 from secateur.console import quiet_libraries
 from secateur.errors import ModelError, StructureError
+
+REMOTE_CLASS = "modeling_secateur.PrunedForCausalLM"
+"""What the config of an uneven output names for ``trust_remote_code``."""
 
 
 class Skeleton:
@@ -77,18 +81,16 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
+        wanted = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        remote = wanted.get("auto_map") or {}
+        if remote and not trust_remote_code and not _is_ours(remote):
+            raise ModelError(f"{folder} asks to run its own code; read it, and allow it with --trust-remote-code")
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+    except ModelError:
+        raise
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{folder / 'config.json'} cannot be used: {reason}") from error
-    if is_uneven(config):
-        return config
-    remote = getattr(config, "auto_map", None)
-    if remote and "AutoModelForCausalLM" in remote and not trust_remote_code:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise ModelError(f"{folder} asks to run its own code; read it, and allow it with --trust-remote-code")
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{folder} is quantised; give the model in bf16, fp16 or fp32")
     return config
@@ -96,7 +98,12 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
 
 def is_uneven(config: Any) -> bool:
     """Whether ``config`` describes a Secateur output whose blocks differ in size."""
-    return "secateur" in str((getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", ""))
+    return _is_ours(getattr(config, "auto_map", None) or {})
+
+
+def _is_ours(auto_map: dict[str, Any]) -> bool:
+    """Whether remote code is the file that Secateur writes; it is never run from the folder, our own copy is."""
+    return auto_map == {"AutoModelForCausalLM": REMOTE_CLASS}
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:

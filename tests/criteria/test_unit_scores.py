@@ -1,0 +1,79 @@
+"""A unit's score equals a loop over its members, for every criterion and every reduction."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny_models import tiny_llama
+
+from secateur.criteria import criterion_from
+from secateur.criteria.base import Matrix
+from secateur.criteria.units import unit_scores
+from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputNorm
+from secateur.structure import find_units
+
+TEXTS = ["random", "magnitude", "magnitude:norm=l2", "wanda", "gblm", "gblm:norm=l2"]
+TEXTS += [f"taylor:order={order}" for order in ("vector", "first", "second", "mixed")]
+
+
+def contributions_of(model, criterion):
+    generator = torch.Generator().manual_seed(7)
+    found = {}
+    for name, parameter in model.model.layers[0].named_parameters():
+        if parameter.dim() == 2:
+            statistics = {InputNorm: InputNorm()}
+            statistics[InputNorm].update(torch.randn(5, parameter.shape[1], generator=generator))
+            for kind in (GradientMean, GradientAbs, GradientSquare):
+                statistics[kind] = kind()
+                statistics[kind].update(torch.randn(parameter.shape, generator=generator))
+            found[name] = criterion.score_OI(Matrix(name, parameter.detach(), statistics))
+    return found
+
+
+def by_hand(kind, unit, contributions, criterion, reduce, kv_heads, heads=8, width=8):
+    """Channel by channel, member by member, with the indices of a Llama block spelled out."""
+    repeats = heads // kv_heads
+
+    def part(name, dim, index):
+        matrix = contributions[name].double()
+        total = float((matrix[index] if dim == 0 else matrix[:, index]).sum())
+        return abs(total) if "vector" in str(criterion) else total
+
+    attention = [f"self_attn.{n}_proj.weight" for n in "qkvo"]
+    if kind == "channel":
+        places = [
+            ("mlp.gate_proj.weight", 0, [[unit]]),
+            ("mlp.up_proj.weight", 0, [[unit]]),
+            ("mlp.down_proj.weight", 1, [[unit]]),
+        ]
+    else:
+        own = [unit] if kind == "query" else [unit * repeats + r for r in range(repeats)]
+        queries = [[h * width + d for h in own] for d in range(width)]
+        shared = [[unit * width + d] for d in range(width)]
+        places = [(attention[0], 0, queries)]
+        if kind == "head":
+            places += [(attention[1], 0, shared), (attention[2], 0, shared)]
+        places += [(attention[3], 1, queries)]
+    members = [[sum(part(name, dim, i) for i in indices) for indices in channels] for name, dim, channels in places]
+    if reduce == "first":
+        return sum(members[0])
+    if reduce == "last":
+        return sum(members[-1])
+    reductions = {"sum": sum, "max": max, "prod": math.prod, "mean": lambda values: sum(values) / len(values)}
+    return sum(reductions[reduce]([member[channel] for member in members]) for channel in range(len(members[0])))
+
+
+@pytest.mark.parametrize("kv_heads", [8, 4, 2])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "prod", "first", "last"])
+def test_vectorised_equals_a_loop(kv_heads, text, reduce):
+    model = tiny_llama(num_key_value_heads=kv_heads, num_hidden_layers=1)
+    criterion = criterion_from(text)
+    contributions = contributions_of(model, criterion)
+    for group in find_units(model, "model.layers", 0):
+        found = unit_scores(group, contributions, criterion, reduce)
+        for unit in range(0, group.count, 5 if group.kind == "channel" else 1):
+            expected = by_hand(group.kind, unit, contributions, criterion, reduce, kv_heads)
+            assert found[unit].item() == pytest.approx(expected, rel=1e-9, abs=1e-300), (group.kind, unit)
