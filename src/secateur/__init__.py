@@ -89,17 +89,17 @@ def recover(
     out: str | Path,
     *,
     data: str = "self",
-    windows: int = 256,
-    window_length: int = 256,
+    windows: int | None = None,
+    window_length: int | None = None,
     overwrite: bool = False,
     push_to_hub: str | None = None,
     **settings: Any,
 ) -> Result:
     """Tune a pruned model with LoRA, merge, and save it to ``out``; ``settings`` are fields of ``LoraSettings``."""
     from secateur.recovering import recover_folder
-    from secateur.recovery import LoraSettings
+    from secateur.recovery import lora_settings
 
-    chosen = LoraSettings(**settings)
+    chosen = lora_settings(**settings)
     return recover_folder(str(model), Path(out), data, windows, window_length, chosen, overwrite, push_to_hub)
 
 

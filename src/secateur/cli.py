@@ -340,8 +340,13 @@ def recover(
             "or .safetensors with input_ids."
         ),
     ] = "self",
-    windows: Annotated[int, typer.Option(help="How many windows to train on.")] = 256,
-    window_length: Annotated[int, typer.Option(help="Tokens in a window.")] = 256,
+    windows: Annotated[
+        int | None,
+        typer.Option(help="How many windows to train on. [default: 256; all of a token file]", show_default=False),
+    ] = None,
+    window_length: Annotated[
+        int | None, typer.Option(help="Tokens in a window. [default: 256]", show_default=False)
+    ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the windows.")] = 2.0,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; overrides --epochs.", show_default=False)] = None,
     batch_size: Annotated[
@@ -360,10 +365,10 @@ def recover(
     """Train LoRA adapters on a pruned model, merge them, and save it the same way; zeros stay zeros."""
     _begin(verbose)
     from secateur.recovering import recover_folder
-    from secateur.recovery import LoraSettings
+    from secateur.recovery import lora_settings
     from secateur.report.tables import recovery_table
 
-    settings = LoraSettings(
+    settings = lora_settings(
         rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate, batch_size=batch_size,
         epochs=epochs, steps=steps, seed=seed,
     )  # fmt: skip

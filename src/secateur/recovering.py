@@ -27,6 +27,8 @@ from secateur.runfolder import RECORD, is_complete
 if TYPE_CHECKING:
     from secateur.recovery import LoraSettings
 
+DEFAULT_TRAINING_WINDOWS = 256
+
 SPARSE_FROM = 0.01
 """A matrix with at least this share of exact zeros is sparse on purpose: its zeros are kept."""
 
@@ -35,8 +37,8 @@ def recover_folder(
     spec: str,
     out: Path,
     data: str = "self",
-    windows: int = 256,
-    window_length: int = 256,
+    windows: int | None = None,
+    window_length: int | None = None,
     settings: LoraSettings | None = None,
     overwrite: bool = False,
     push_to_hub: str | None = None,
@@ -101,7 +103,11 @@ def pruned_from(folder: Path) -> str | None:
         return None
 
 
-def _training_windows(checkpoint: Checkpoint, data: str, windows: int, length: int, seed: int) -> TokenWindows:
+def _training_windows(
+    checkpoint: Checkpoint, data: str, windows: int | None, length: int | None, seed: int
+) -> TokenWindows:
+    if windows is None and not data.endswith(".safetensors"):
+        windows = DEFAULT_TRAINING_WINDOWS
     writer = _writer(checkpoint) if data == "self" else checkpoint
     opened = open_windows(
         data,

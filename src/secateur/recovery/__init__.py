@@ -1,6 +1,6 @@
 """Giving back what pruning took, by a little tuning."""
 
 from secateur.recovery.lora import recover_model
-from secateur.recovery.settings import LoraSettings, RecoveryLog
+from secateur.recovery.settings import LoraSettings, RecoveryLog, lora_settings
 
-__all__ = ["LoraSettings", "RecoveryLog", "recover_model"]
+__all__ = ["LoraSettings", "RecoveryLog", "lora_settings", "recover_model"]

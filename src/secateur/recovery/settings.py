@@ -7,7 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from secateur.errors import RecipeError, suggest
 
 FEWEST_STEPS_PER_EPOCH = 8
 WARMUP_SHARE, LONGEST_WARMUP = 100 / 1560, 100  # methods §14.5: 100 steps of 2 epochs x 50k windows / 64
@@ -40,6 +42,23 @@ class LoraSettings(BaseModel):
     warmup: int | None = Field(default=None, ge=0)
     held_out: int | None = Field(default=None, ge=0)
     seed: int = Field(default=0, ge=0)
+
+
+def lora_settings(**given: Any) -> LoraSettings:
+    """Settings from what the user gave; None means the default.
+
+    Raises:
+        RecipeError: an unknown setting or an impossible value.
+    """
+    for name in given:
+        if name not in LoraSettings.model_fields:
+            raise RecipeError(f"recovery has no setting '{name}'{suggest(name, LoraSettings.model_fields)}")
+    try:
+        return LoraSettings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise RecipeError(f"--{name} cannot be {first['input']}: {first['msg'].lower()}") from error
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ class Statistic(ABC):
         self.total: torch.Tensor | None = None
 
     def _add(self, term: torch.Tensor, windows: int = 1) -> None:
-        """Add ``term``, the sum over ``windows`` windows; it becomes the statistic's own."""
-        self.total = term if self.total is None else self.total.add_(term)
+        """Add ``term``, the sum over ``windows`` windows; it stays the caller's."""
+        if self.total is None:
+            self.total = torch.zeros_like(term)
+        self.total.add_(term)
         self.windows += windows
 
     def merge(self, other: Self) -> None:

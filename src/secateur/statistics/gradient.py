@@ -14,7 +14,7 @@ class GradientMean(GradientStatistic):
     per_window = False
 
     def update(self, gradient_OI: torch.Tensor, windows: int = 1) -> None:
-        self._add(gradient_OI.float().clone(), windows)
+        self._add(gradient_OI.float(), windows)
 
 
 class GradientAbs(GradientStatistic):
