@@ -130,6 +130,23 @@ OutOption = Annotated[
 ]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from secateur import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the program as a whole."""
+
+
 def _recipe(file: Path | None, trust_remote_code: bool, **given: Any) -> Any:
     from secateur.recipe import recipe_from
 

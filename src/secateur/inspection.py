@@ -15,7 +15,7 @@ from rich.tree import Tree
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.errors import StructureError
 from secateur.files import human_bytes, human_count
-from secateur.structure import Structure, UnitGroup, find_all_units, parameters_per_unit
+from secateur.structure import Member, Structure, UnitGroup, find_all_units, parameters_per_unit
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ class Inspection:
                 branch.add(label).add(f"[dim]{parts}[/dim]")
         for reason in self.refused:
             tree.add(f"[yellow]not offered[/yellow] {reason}")
-        table = Table("parameters", "count", "share", box=None, padding=(0, 2))
+        table = Table(box=None, padding=(0, 2))
+        table.add_column("parameters")
+        for column in ("count", "share"):
+            table.add_column(column, justify="right")
         for kind, count in self.parameters.items():
             table.add_row(kind, f"{count:,}", f"{100 * count / total:.1f} %")
         return Group(tree, "", table)
@@ -116,15 +119,17 @@ def _spans(checkpoint: Checkpoint, structure: Structure) -> list[dict[str, Any]]
 
 
 def _describe(group: UnitGroup, parameters: int) -> dict[str, Any]:
-    axis = {0: "rows", 1: "columns"}
     return {
         "kind": group.kind,
         "module": group.module,
         "count": group.count,
         "families": group.families,
         "parameters": parameters,
-        "members": [
-            f"{member.index_UC.shape[1]} {axis.get(member.dim, f'of dim {member.dim}')} of {member.parameter}"
-            for member in group.members
-        ],
+        "members": [_describe_member(member) for member in group.members],
     }
+
+
+def _describe_member(member: Member) -> str:
+    count = member.index_UC.shape[1]
+    axis = {0: "row", 1: "column"}.get(member.dim, f"slice of dimension {member.dim}")
+    return f"{count} {axis}{'s' if count != 1 else ''} of {member.parameter}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -124,7 +125,7 @@ class Planner:
             if all(int(size * ratio) == 0 for size in sizes):
                 log.warning(
                     "NOTHING of kind '%s' leaves: %g of %s per block rounds down to none; the smallest ratio that takes one is %.3f.",
-                    kind, ratio, " or ".join(map(str, sorted(sizes))), 1 / max(sizes),
+                    kind, ratio, " or ".join(map(str, sorted(sizes))), math.ceil(1000 / max(sizes)) / 1000,
                 )  # fmt: skip
         if self.recipe.n_of_m and self.recipe.allocation == "uniform":
             for index in self.blocks:

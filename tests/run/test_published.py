@@ -155,3 +155,19 @@ def test_dense_scores_and_gradients_are_used_again(llama_folder, windows_file, t
     secateur.plan(str(llama_folder), criterion="gblm", ratio=0.3, **fields)
     secateur.plan(str(llama_folder), criterion="gblm", ratio=0.6, **fields)
     assert sweeps == ["dense", "pruned", "pruned"], "gradients are reused, the forward sweep is not"
+
+
+@pytest.mark.parametrize("criterion", ["random", "magnitude", "wanda", "gblm", "taylor", "taylor:order=vector"])
+@pytest.mark.parametrize("unit", ["weight", "1:3", "head", "query", "channel", "head,channel,4:8"])
+@pytest.mark.parametrize("propagate", ["dense", "pruned"])
+def test_any_criterion_works_with_any_unit(criterion, unit, propagate, save, windows_file, tmp_path):
+    folder = save(tiny_llama(hidden_size=72, num_attention_heads=9, num_key_value_heads=3, num_hidden_layers=2))
+    fields = dict(criterion=criterion, unit=unit, propagate=propagate, ratio=0.5, calibration=str(windows_file))
+    if ":" in unit and unit != "head,channel,4:8":
+        fields.pop("ratio")
+    plan = secateur.plan(str(folder), **fields)
+    kinds = {"head": (2, 6), "query": (6, 18), "channel": (96, 192)}
+    assert plan.removed_by_kind() == {kind: kinds[kind] for kind in unit.split(",") if kind in kinds}
+    zeros, masked = plan.zeros()
+    share = {"weight": 0.5, "1:3": 2 / 3, "head,channel,4:8": 0.5}.get(unit, 0)
+    assert zeros == pytest.approx(share * masked)
