@@ -87,10 +87,11 @@ class Planner:
         if self.workplace.cache is not None:
             trim_cache(self.workplace.cache)
         if not plan.removes_anything():
-            raise RecipeError(
-                f"this recipe removes nothing from {self.recipe.model}; raise --ratio or choose another --unit"
-            )
+            raise RecipeError(self._removes_nothing())
         return plan
+
+    def _removes_nothing(self) -> str:
+        return f"this recipe removes nothing from {self.recipe.model}; raise --ratio or choose another --unit"
 
     # -- what is there to choose from
 
@@ -119,14 +120,18 @@ class Planner:
     def _check_amounts(self) -> None:
         """Say loudly which kinds round to nothing, and find widths that N:M does not divide before any work."""
         ratio = self.recipe.cut_ratio
+        empty = []
         for kind in self.recipe.cut_kinds if self.recipe.allocation == "uniform" else ():
             groups = [group for entry in self.groups.values() for group in entry if group.kind == kind]
             sizes = {group.count // group.families for group in groups}
             if all(int(size * ratio) == 0 for size in sizes):
+                empty.append(kind)
                 log.warning(
                     "NOTHING of kind '%s' leaves: %g of %s per block rounds down to none; the smallest ratio that takes one is %.3f.",
                     kind, ratio, " or ".join(map(str, sorted(sizes))), math.ceil(1000 / max(sizes)) / 1000,
                 )  # fmt: skip
+        if empty and tuple(empty) == self.recipe.cut_kinds and not self.recipe.masks_weights:
+            raise RecipeError(self._removes_nothing())
         if self.recipe.n_of_m and self.recipe.allocation == "uniform":
             for index in self.blocks:
                 self._check_widths(index)
