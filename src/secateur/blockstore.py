@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from secateur.console import log
 from secateur.files import atomic_file, human_bytes
@@ -35,8 +36,9 @@ class BlockStore:
         return self._file(block).is_file()
 
     def put(self, block: int, tensors: dict[str, torch.Tensor]) -> None:
+        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         with atomic_file(self._file(block)) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            temporary.write_bytes(content)  # through Python, so that a full disk is said as such
 
     def get(self, block: int) -> dict[str, torch.Tensor]:
         """What was put for ``block``; a damaged file is removed and raises ``KeyError`` so that it is made again."""
@@ -64,10 +66,13 @@ class BlockStore:
 
 def trim_cache(root: Path, limit: int = LIMIT) -> None:
     """Remove the least recently used stores until the rest fit in ``limit`` bytes."""
-    stores = [folder for kind in ("scores", "gradients") for folder in (root / kind).glob("*") if folder.is_dir()]
-    sizes = {folder: sum(file.stat().st_size for file in folder.glob("*")) for folder in stores}
+    ages, sizes = {}, {}
+    for folder in (folder for kind in ("scores", "gradients") for folder in (root / kind).glob("*")):
+        with contextlib.suppress(FileNotFoundError):  # another run may be writing or trimming
+            sizes[folder] = sum(file.stat().st_size for file in folder.glob("*"))
+            ages[folder] = folder.stat().st_mtime
     total = sum(sizes.values())
-    for folder in sorted(stores, key=lambda item: item.stat().st_mtime):
+    for folder in sorted(ages, key=lambda item: ages[item])[:-1]:  # the newest is the one just made
         if total <= limit:
             return
         log.info(

@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 stdout = Console()
 
+NO_MEMORY = "this machine's memory is used up; give a smaller --micro-batch, --memory or --window-length"
+
 ModelArgument = Annotated[
     str | None,
     typer.Argument(
@@ -425,7 +427,11 @@ def main() -> None:
     except Stopped:
         _complain("stopped before it was finished")
     except MemoryError:
-        _complain("this machine's memory is used up; give a smaller --micro-batch, --memory or --window-length")
+        _complain(NO_MEMORY)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        _complain(NO_MEMORY)
     except Exception as error:
         # Typer's own complaints (an unknown flag, a missing argument) become one sentence too; all else is a defect.
         if not hasattr(error, "format_message"):

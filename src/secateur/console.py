@@ -33,6 +33,7 @@ def setup(verbose: bool = False) -> None:
         log.addHandler(_ConsoleHandler())
     log.setLevel(logging.DEBUG if verbose else logging.INFO)
     log.propagate = False
+    warnings.filterwarnings("ignore")  # the process is ours here; a library's user keeps their own filters
     quiet_libraries()
 
 
@@ -40,7 +41,6 @@ def quiet_libraries() -> None:
     """Silence the chatter, warnings and progress bars of the libraries below us."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -52,6 +52,8 @@ def log_file(path: Path) -> Iterator[None]:
     """Also write the log to ``path`` while the context lasts."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
     log.addHandler(handler)
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,18 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 
+from secateur import __version__
+from secateur.checkpoint.manifest import RECORD
 from secateur.checkpoint.source import resolve_model
 from secateur.console import log
 from secateur.evaluation import continuations, evaluate
+from secateur.inspection import inspect_model
 from secateur.loading import load
 from secateur.recipe import recipe_from
 from secateur.recovering import recover_folder
 from secateur.recovery import LoraSettings
 from secateur.run import prune
+from secateur.runfolder import RUN_FILE
 
 PROMPT = "The three most important things to know about growing apple trees are"
 
@@ -43,7 +48,9 @@ def run_demo(out: Path, quick: bool = False) -> None:
     console = Console()
     size = QUICK if quick else FULL
     out = out / "quick" if quick else out
-    log.info("[1/4] Pruning a quarter of SmolLM2-135M's MLP channels by first-order Taylor on text it writes itself.")
+    log.info("[1/5] Discovering SmolLM2-135M's structure by tracing it without weights.")
+    console.print(inspect_model("smollm2").render())
+    log.info("[2/5] Pruning a quarter of SmolLM2-135M's MLP channels by first-order Taylor on text it writes itself.")
     recipe = recipe_from(
         model="smollm2",
         criterion="taylor",
@@ -53,10 +60,12 @@ def run_demo(out: Path, quick: bool = False) -> None:
         windows=size.calibration,
         window_length=size.length,
     )
-    pruned = prune(recipe, out / "pruned")
-    log.info("[2/4] Recovering: LoRA for %d short steps, merged afterwards.", size.steps)
+    pruned = prune(recipe, out / "pruned", overwrite=_stale(out / "pruned"))
+    log.info("[3/5] Recovering: LoRA for %d short steps, merged afterwards.", size.steps)
     settings = LoraSettings(steps=size.steps, batch_size=8, micro_batch=8, learning_rate=1e-3, held_out=4)
-    recovered = recover_folder(str(out / "pruned"), out / "recovered", "self", size.training, size.length, settings)
+    recovered = recover_folder(
+        str(out / "pruned"), out / "recovered", "self", size.training, size.length, settings, _stale(out / "recovered")
+    )
     assert pruned.folder is not None
     assert recovered.folder is not None
     folders = {
@@ -64,9 +73,9 @@ def run_demo(out: Path, quick: bool = False) -> None:
         "pruned": pruned.folder,
         "recovered": recovered.folder,
     }
-    log.info("[3/4] Measuring all three on text that none of them wrote: the documentation inside Python itself.")
+    log.info("[4/5] Measuring all three on text that none of them wrote: the documentation inside Python itself.")
     evaluation = evaluate(folders, text="python-docs", window_length=512, max_windows=size.test, load=load)
-    log.info("[4/4] Letting each continue the same sentence.")
+    log.info("[5/5] Letting each continue the same sentence.")
     written = _continuations(folders)
     console.print()
     console.print(evaluation.table())
@@ -78,6 +87,15 @@ def run_demo(out: Path, quick: bool = False) -> None:
         f"Done in {time.monotonic() - started:.0f} s. The smaller model is in [bold]{recovered.folder}[/bold]; load it with:\n"
     )
     console.print(_three_lines(recovered.folder), highlight=False, soft_wrap=True)
+
+
+def _stale(folder: Path) -> bool:
+    """Whether ``folder`` is a result of another version, which the demo may replace."""
+    try:
+        record = json.loads((folder / RECORD / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(record["identity"]["version"] != __version__)
 
 
 def _continuations(folders: dict[str, Path]) -> dict[str, str]:

@@ -87,7 +87,8 @@ def full_disk_is_an_error(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ResourceError(f"the disk filled up while writing {folder}; free some space and run again") from error
+            where = error.filename or folder
+            raise ResourceError(f"the disk filled up while writing {where}; free some space and run again") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise OutputError(
                 f"{error.filename or folder} cannot be written: {error.strerror}; choose another folder"

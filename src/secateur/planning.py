@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
+import secateur
 from secateur.allocation import exact_threshold, global_units, uniform_units
 from secateur.blockstore import BlockStore, trim_cache
 from secateur.calibration import TokenWindows, open_windows
@@ -127,9 +129,14 @@ class Planner:
             if all(int(size * ratio) == 0 for size in sizes):
                 empty.append(kind)
                 log.warning(
-                    "NOTHING of kind '%s' leaves: %g of %s per block rounds down to none; the smallest ratio that takes one is %.3f.",
-                    kind, ratio, " or ".join(map(str, sorted(sizes))), math.ceil(1000 / max(sizes)) / 1000,
-                )  # fmt: skip
+                    "NOTHING of kind '%s' leaves: %g of %s per block rounds down to none%s.",
+                    kind,
+                    ratio,
+                    " or ".join(map(str, sorted(sizes))),
+                    f"; the smallest ratio that takes one is {math.ceil(1000 / max(sizes)) / 1000:.3f}"
+                    if max(sizes) > 1
+                    else "",
+                )
         if empty and tuple(empty) == self.recipe.cut_kinds and not self.recipe.masks_weights:
             raise RecipeError(self._removes_nothing())
         if self.recipe.n_of_m and self.recipe.allocation == "uniform":
@@ -160,7 +167,6 @@ class Planner:
         return ModelIdentity(
             spec=source.spec,
             hub_id=source.hub_id,
-            license=source.license,
             architecture=type(self.checkpoint.skeleton.model).__name__,
             parameters=self.checkpoint.parameters(),
             sha256=self.checkpoint.content_hash,
@@ -362,7 +368,7 @@ class Planner:
             "windows": self.windows.sha256 if needs else None,
             "micro_batch": recipe.micro_batch,
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
+            "versions": [secateur.__version__, torch.__version__, transformers.__version__],
         }
         if kind == "gradients":
             key["statistics"] = sorted(statistic.name for statistic in needs)

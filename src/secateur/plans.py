@@ -17,7 +17,7 @@ import secateur
 from secateur.errors import PlanError
 from secateur.files import atomic_file
 from secateur.recipe import Recipe
-from secateur.removal.decision import BlockDecision
+from secateur.removal.decision import BlockDecision, Removals
 from secateur.removal.masks import pack, unpack
 from secateur.structure import UnitGroup
 
@@ -33,7 +33,6 @@ class ModelIdentity(_Strict):
 
     spec: str
     hub_id: str | None
-    license: str | None
     architecture: str
     parameters: int
     sha256: str
@@ -99,16 +98,16 @@ class Plan(_Strict):
         self.blocks.append(BlockPlan(block=block, cuts=cuts, masks=masks))
         self.blocks.sort(key=lambda entry: entry.block)
 
-    def decision(self, block: int, groups: list[UnitGroup]) -> BlockDecision:
-        """The decision for ``block`` of a model whose units in it are ``groups``.
+    def removals(self, block: int, groups: list[UnitGroup]) -> Removals:
+        """The structured units that leave ``block`` of a model whose units in it are ``groups``.
 
         Raises:
             PlanError: the plan does not fit the block, or would leave it without a unit of some kind.
         """
         entry = next((entry for entry in self.blocks if entry.block == block), None)
+        removals: Removals = []
         if entry is None:
-            return BlockDecision()
-        removals = []
+            return removals
         for cut in entry.cuts:
             group = next((g for g in groups if (g.kind, g.module) == (cut.kind, cut.module)), None)
             if group is None or group.count != cut.count:
@@ -117,8 +116,13 @@ class Plan(_Strict):
                 )
             _check_removed(cut, group, block)
             removals.append((group, cut.removed))
-        masks = {name: unpack(self._bits[f"{block}.{name}"], masked.shape) for name, masked in entry.masks.items()}
-        return BlockDecision(removals, masks)
+        return removals
+
+    def masks(self, block: int) -> dict[str, torch.Tensor]:
+        """The masks of ``block`` by parameter name, unpacked."""
+        entry = next((entry for entry in self.blocks if entry.block == block), None)
+        masked = entry.masks if entry else {}
+        return {name: unpack(self._bits[f"{block}.{name}"], mask.shape) for name, mask in masked.items()}
 
     def removed_by_kind(self) -> dict[str, tuple[int, int]]:
         """For each kind of structured unit: how many leave, of how many in the blocks that may be pruned."""

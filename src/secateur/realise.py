@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,17 +12,17 @@ from pathlib import Path
 import torch
 
 from secateur.checkpoint import uneven
+from secateur.checkpoint.manifest import write_manifest
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.shapes import OutputShape, output_shape
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
 from secateur.errors import PlanError
-from secateur.files import human_bytes, require_space, sha256_of_file, write_json
+from secateur.files import human_bytes, require_space
 from secateur.planning import find_structure
 from secateur.plans import Plan
 from secateur.removal.decision import BlockDecision
-from secateur.runfolder import RECORD
 from secateur.structure import Structure, cut_shapes, parameters_per_unit
 from secateur.sweep.logits import streamed_logits
 
@@ -62,15 +63,22 @@ class Realisation:
         count = len(checkpoint.skeleton.blocks)
         if any(entry.block not in range(count) for entry in plan.blocks):
             raise PlanError(f"the plan names blocks that the model, which has {count}, does not have")
-        self.decisions = [plan.decision(index, [g for g in groups if g.block == index]) for index in range(count)]
+        self._groups = [[group for group in groups if group.block == index] for index in range(count)]
+        self._removals = [plan.removals(index, self._groups[index]) for index in range(count)]
         self._check_masks()
 
     def _check_masks(self) -> None:
-        for index, decision in enumerate(self.decisions):
-            shapes = self.shapes_after[index]
-            for name, mask_OI in decision.masks.items():
-                if shapes.get(name) != tuple(mask_OI.shape):
-                    raise PlanError(f"the plan's mask of '{name}' in block {index} does not have the weight's shape")
+        for entry in self.plan.blocks:
+            shapes = self.shapes_after[entry.block]
+            for name, masked in entry.masks.items():
+                if shapes.get(name) != tuple(masked.shape):
+                    raise PlanError(
+                        f"the plan's mask of '{name}' in block {entry.block} does not have the weight's shape"
+                    )
+
+    def decision(self, index: int) -> BlockDecision:
+        """What leaves block ``index``; its masks are unpacked anew each time, so that only one block's are in memory."""
+        return BlockDecision(self._removals[index], self.plan.masks(index))
 
     @cached_property
     def shapes_before(self) -> list[dict[str, tuple[int, ...]]]:
@@ -80,8 +88,7 @@ class Realisation:
     @cached_property
     def shapes_after(self) -> list[dict[str, tuple[int, ...]]]:
         return [
-            cut_shapes(shapes, decision.removals)
-            for shapes, decision in zip(self.shapes_before, self.decisions, strict=True)
+            cut_shapes(shapes, removals) for shapes, removals in zip(self.shapes_before, self._removals, strict=True)
         ]
 
     @cached_property
@@ -89,8 +96,8 @@ class Realisation:
         """The config that says the new sizes."""
         widths = [
             min(member.index_UC.shape[1] for member in group.members)
-            for decision in self.decisions
-            for group, removed in decision.removals
+            for removals in self._removals
+            for group, removed in removals
             if removed and group.kind in ("head", "query")
         ]
         model = self.checkpoint.skeleton.model
@@ -125,20 +132,27 @@ class Realisation:
         """Say before anything is cut what will not load everywhere, and the nearest plan that does."""
         if not self.output.uneven or self.structure is None:  # without a cut, blocks differ only as they did before
             return
-        kinds = [kind for kind, (gone, _) in self.plan.removed_by_kind().items() if gone]
-        there = sum(
-            group.count * parameters_per_unit(group, self.shapes_before[group.block])
-            for group in self.structure.units
-            if group.kind in kinds
-        )
-        before, after = self.sizes()
         log.warning(
             "UNEVEN: blocks keep different sizes, so plain transformers loads the result only with trust_remote_code=True "
-            "(secateur.load needs no such thing). The nearest plan that loads everywhere: --allocation uniform --unit %s --ratio %.3f "
-            "on all blocks.",
-            ",".join(kinds),
-            (before.parameters - after.parameters) / there,
+            "(secateur.load needs no such thing). The nearest plan that loads everywhere: --allocation uniform --unit %s "
+            "--ratio %.3f on all blocks.",
+            ",".join(self.plan.recipe.unit),
+            self._nearest_uniform_ratio(self.structure),
         )
+
+    def _nearest_uniform_ratio(self, structure: Structure) -> float:
+        """The share of all blocks' parameters in these units that this plan takes, or what takes one unit at least."""
+        kinds = [kind for kind, (gone, _) in self.plan.removed_by_kind().items() if gone]
+        groups = [group for group in structure.units if group.kind in kinds]
+        each = [parameters_per_unit(group, self.shapes_before[group.block]) for group in groups]
+        there = sum(group.count * size for group, size in zip(groups, each, strict=True))
+        gone = sum(
+            len(units) * parameters_per_unit(group, self.shapes_before[group.block])
+            for removals in self._removals
+            for group, units in removals
+        )
+        smallest = min(1 / (group.count // group.families) for group in groups)
+        return math.ceil(1000 * max(gone / there, smallest)) / 1000
 
     def write(self, folder: Path) -> list[Path]:
         """Write weights, config and companions into ``folder``; returns the weight files."""
@@ -147,7 +161,7 @@ class Realisation:
         specs = self.specs()
         writer = ShardWriter(folder, specs)
         try:
-            for tensors in track(self._tensors_in_order([s.name for s in specs]), "Writing", len(self.decisions) + 2):
+            for tensors in track(self._tensors_in_order([s.name for s in specs]), "Writing", len(self._removals) + 2):
                 writer.write(tensors)
             files = writer.close()
         finally:
@@ -155,7 +169,7 @@ class Realisation:
         self.output.config.save_pretrained(folder)
         if self.output.uneven:
             shutil.copyfile(uneven.__file__, folder / MODELLING_FILE)
-        copy_companions(self.checkpoint.folder, folder)
+        copy_companions(self.checkpoint.folder, folder, with_code=self._remote())
         write_manifest(folder, files)
         return files
 
@@ -174,7 +188,7 @@ class Realisation:
                 yield self.checkpoint.read([name])
             elif index not in done:
                 done.add(index)
-                result = self.decisions[index].carry_out(self.checkpoint.block_tensors(index))
+                result = self.decision(index).carry_out(self.checkpoint.block_tensors(index))
                 yield {skeleton.block_prefix(index) + key: tensor for key, tensor in result.items()}
 
     def verify(self, folder: Path) -> float:
@@ -192,8 +206,7 @@ class Realisation:
         return self.plan.recipe.trust_remote_code
 
     def _masked_dense(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        decision: BlockDecision = self.decisions[index]
-        return decision.in_dense_shapes(tensors)
+        return self.decision(index).in_dense_shapes(tensors)
 
 
 def check_tokens(checkpoint: Checkpoint) -> torch.Tensor:
@@ -201,12 +214,6 @@ def check_tokens(checkpoint: Checkpoint) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     return torch.randint(vocabulary, (1, CHECK_TOKENS), generator=generator)
-
-
-def write_manifest(folder: Path, files: list[Path]) -> None:
-    """Record the hashes of the weight files, so that later damage is seen when the folder is opened."""
-    (folder / RECORD).mkdir(exist_ok=True)
-    write_json(folder / RECORD / "files.json", {file.name: sha256_of_file(file) for file in files})
 
 
 def describe_sizes(before: Sizes, after: Sizes) -> str:

@@ -233,9 +233,27 @@ def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
         raise RecipeError(_sentence(error)) from error
 
 
+class _PlainNumbers(yaml.SafeLoader):
+    """YAML 1.1 reads 4:30 and 2:4 as numbers to the base of sixty; here they are what they look like."""
+
+
+_PlainNumbers.yaml_implicit_resolvers = {
+    first: [
+        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    ]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_PlainNumbers.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+_PlainNumbers.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
+    list("-+.0123456789"),
+)
+
+
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainNumbers)
     except FileNotFoundError as error:
         raise RecipeError(f"there is no recipe at {file}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

@@ -11,18 +11,20 @@ import torch
 
 import secateur
 from secateur.calibration import TokenWindows, fingerprint, open_windows
+from secateur.checkpoint.manifest import RECORD, write_manifest
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
-from secateur.errors import SecateurError
+from secateur.errors import PlanError, SecateurError
 from secateur.files import cache_folder, require_space
 from secateur.loading import load
-from secateur.realise import check_tokens, write_manifest
+from secateur.plans import MASKS_FILE, PLAN_FILE, load_plan
+from secateur.realise import MODELLING_FILE, check_tokens
 from secateur.report.card import model_card
 from secateur.report.count import count_checkpoint, count_folder
 from secateur.run import Result, already_complete, finished, timed_run
-from secateur.runfolder import RECORD, is_complete
+from secateur.runfolder import absolute, check_apart, is_complete
 
 if TYPE_CHECKING:
     from secateur.recovery import LoraSettings
@@ -50,8 +52,9 @@ def recover_folder(
     """
     from secateur.recovery import LoraSettings, recover_model
 
-    settings = settings or LoraSettings()
+    settings, out = settings or LoraSettings(), absolute(out)
     checkpoint = open_checkpoint(spec)
+    check_apart(out, checkpoint.folder)
     identity = {
         "command": "recover",
         "version": secateur.__version__,
@@ -76,22 +79,34 @@ def recover_folder(
         _record(record, checkpoint, partial, text, training.to_json())
         log.info("Checking the written model in a fresh process ...")
         # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
-        remote = (partial / "modeling_secateur.py").is_file()
+        remote = (partial / MODELLING_FILE).is_file()
         record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
         _write_card(checkpoint, partial, record)
     return finished(out, record, push_to_hub)
 
 
 def sparse_masks(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """For every prunable matrix that is sparse, where it is not zero; by full parameter name."""
+    """For every prunable matrix that is sparse, where it is not zero; by full parameter name.
+
+    Sparse is what the folder's plan masked, however little of it, and what holds at least ``SPARSE_FROM`` zeros.
+    """
     masks = {}
+    planned = _masked_by_plan(checkpoint)
     for index in track(range(len(checkpoint.skeleton.blocks)), "Looking for masks"):
         prefix = checkpoint.skeleton.block_prefix(index)
         for name, weight_OI in checkpoint.read([prefix + n for n in checkpoint.skeleton.prunable(index)]).items():
             kept_OI = weight_OI != 0
-            if float(kept_OI.float().mean()) <= 1 - SPARSE_FROM:
+            if name in planned or float(kept_OI.float().mean()) <= 1 - SPARSE_FROM:
                 masks[name] = kept_OI
     return masks
+
+
+def _masked_by_plan(checkpoint: Checkpoint) -> set[str]:
+    try:
+        plan = load_plan(checkpoint.folder)
+    except PlanError:
+        return set()
+    return {checkpoint.skeleton.block_prefix(entry.block) + name for entry in plan.blocks for name in entry.masks}
 
 
 def pruned_from(folder: Path) -> str | None:
@@ -148,12 +163,12 @@ def _write(checkpoint: Checkpoint, model: Any, folder: Path) -> None:
         files = writer.close()
     finally:
         writer.abandon()
-    for name in ("config.json", "modeling_secateur.py"):
+    for name in ("config.json", MODELLING_FILE):
         source = checkpoint.folder / name
         if source.is_file():
             (folder / name).write_bytes(source.read_bytes())
     copy_companions(checkpoint.folder, folder)
-    for record in ("plan.json", "masks.safetensors", "recipe.yaml"):
+    for record in (PLAN_FILE, MASKS_FILE, "recipe.yaml"):
         source = checkpoint.folder / RECORD / record
         if source.is_file():
             (folder / RECORD / record).write_bytes(source.read_bytes())
@@ -177,7 +192,7 @@ def _record(
         "model": {
             "spec": pruned_from(checkpoint.folder) or checkpoint.source.spec,
             "hub_id": checkpoint.source.hub_id,
-            "license": checkpoint.source.license,
+            "card": checkpoint.source.card,
             "recovered_from": checkpoint.source.spec,
         },
         "data": {
@@ -190,7 +205,7 @@ def _record(
         "before": before.to_json(),
         "after": after.to_json(),
         "training": training,
-        "uneven": (partial / "modeling_secateur.py").is_file(),
+        "uneven": (partial / MODELLING_FILE).is_file(),
     }
 
 

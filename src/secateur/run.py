@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,16 +14,18 @@ from typing import Any
 
 import secateur
 from secateur.calibration import fingerprint
-from secateur.checkpoint.reader import Checkpoint, open_checkpoint
+from secateur.checkpoint.manifest import RECORD
+from secateur.checkpoint.reader import open_checkpoint
 from secateur.console import log
-from secateur.files import full_disk_is_an_error, write_json
+from secateur.errors import OutputError, SecateurError
+from secateur.files import cache_folder, full_disk_is_an_error, write_json
 from secateur.planning import Planner, default_workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
 from secateur.recipe import Recipe
 from secateur.report.card import model_card
 from secateur.report.count import Count, count_checkpoint, count_folder
-from secateur.runfolder import RECORD, RUN_FILE, check_free, is_complete, run_folder
+from secateur.runfolder import RUN_FILE, absolute, check_apart, check_free, is_complete, run_folder
 
 
 @dataclass(frozen=True)
@@ -46,9 +50,17 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
         out: a ``.json`` file, or a folder that will hold ``plan.json``; None saves nothing.
     """
     started = time.monotonic()
-    file = _plan_file(out, overwrite)
     checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
-    with tempfile.TemporaryDirectory(prefix="secateur-") as scratch, full_disk_is_an_error(Path(scratch)):
+    made = _same_plan(out, recipe, checkpoint.content_hash) if out is not None and not overwrite else None
+    if made is not None:
+        log.info("%s holds this very plan already.", out)
+        return made, Result(
+            out, _plan_record(made, Realisation(checkpoint, made)) | {"plan": str(out)}, complete_before=True
+        )
+    file = _plan_file(out, overwrite)
+    root = cache_folder()  # not the system's folder for temporary files, which may be memory
+    root.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="plan-", dir=root) as scratch, full_disk_is_an_error(Path(scratch)):
         planner = Planner(checkpoint, recipe, default_workplace(Path(scratch)))
         plan = planner.plan()
     realisation = Realisation(checkpoint, plan, planner.structure if recipe.cut_kinds else None)
@@ -68,14 +80,16 @@ def prune(
     recipe: Recipe, out: Path, overwrite: bool = False, evaluate_on: str | None = None, push_to_hub: str | None = None
 ) -> Result:
     """Plan, carry out, check in a fresh process, count what was written, and describe it."""
+    out = absolute(out)
     checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
+    check_apart(out, checkpoint.folder)
     identity = {
         "command": "prune",
         "version": secateur.__version__,
         "recipe": recipe.model_dump(mode="json"),
         "model": checkpoint.content_hash,
         "calibration": fingerprint(recipe.calibration) if recipe.parsed_criterion().needs() else None,
-        "evaluate_on": evaluate_on,
+        "evaluate_on": [evaluate_on, fingerprint(evaluate_on)] if evaluate_on else None,
     }
     if not overwrite and is_complete(out, identity):
         return already_complete(out, push_to_hub)
@@ -98,7 +112,9 @@ def apply(
         model: where the plan's model is now, if not where the plan says.
     """
     plan = load_plan(plan_path)
+    out = absolute(out)
     checkpoint = open_checkpoint(model or plan.model.spec, plan.recipe.trust_remote_code)
+    check_apart(out, checkpoint.folder)
     realisation = Realisation(checkpoint, plan)
     identity = {
         "command": "apply",
@@ -121,7 +137,7 @@ def timed_run(out: Path, overwrite: bool, identity: dict[str, Any]) -> Iterator[
     with run_folder(out, overwrite) as partial:
         yield partial, record
         record["seconds"] = round(time.monotonic() - started, 2)
-        _remove_scratch(partial)
+        shutil.rmtree(partial / "scratch", ignore_errors=True)
         write_json(partial / RECORD / RUN_FILE, record)
 
 
@@ -131,12 +147,6 @@ def _stage(record: dict[str, Any], name: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     record.setdefault("stages", {})[name] = round(time.monotonic() - started, 3)
-
-
-def _remove_scratch(partial: Path) -> None:
-    import shutil
-
-    shutil.rmtree(partial / "scratch", ignore_errors=True)
 
 
 def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], evaluate_on: str | None) -> None:
@@ -150,9 +160,13 @@ def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], 
     with _stage(record, "checking"):
         record["logits_difference"] = realisation.verify(partial)
     groups = realisation.structure.units if realisation.structure else None
-    blocks = recipe.block_range(len(realisation.decisions))
+    blocks = recipe.block_range(len(realisation.shapes_before))
     after = count_folder(partial, groups, recipe.n_of_m, blocks, recipe.trust_remote_code)
     before = count_checkpoint(realisation.checkpoint, groups)
+    if after.valid_n_of_m is False:
+        raise OutputError(
+            f"{recipe.n_of_m} does not hold in every group of what was written; nothing was kept (please report this)"
+        )
     record |= {"before": before.to_json(), "after": after.to_json(), "reached": reached(plan, before, after)}
     if evaluate_on is not None:
         from secateur.evaluation import evaluate
@@ -213,9 +227,7 @@ def reached(plan: Plan, before: Count, after: Count) -> str:
             f"{after.zeros:,} zeros in {after.prunable:,} weights of the blocks' matrices ({100 * after.zeros / after.prunable:.2f} %)"
         )
     if after.valid_n_of_m is not None:
-        parts.append(
-            f"{plan.recipe.n_of_m} holds in every group" if after.valid_n_of_m else "N:M DOES NOT HOLD everywhere"
-        )
+        parts.append(f"{plan.recipe.n_of_m} holds in every group")
     return "; ".join(parts)
 
 
@@ -224,7 +236,7 @@ def write_card(folder: Path, plan: Plan, realisation: Realisation, record: dict[
     name = plan.model.hub_id or Path(plan.model.spec).name
     facts = {
         "title": f"{name}, pruned",
-        "model": plan.model.model_dump(),
+        "model": plan.model.model_dump() | {"card": realisation.checkpoint.source.card},
         "what": f"[Secateur](https://pypi.org/project/secateur/) took from {name}: {record['reached']}.",
         "before": record["before"],
         "after": record["after"],
@@ -250,6 +262,17 @@ def figures_from(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
+def _same_plan(out: Path, recipe: Recipe, model_hash: str) -> Plan | None:
+    """The plan at ``out``, where it is the one that would be made: same recipe, same model, same version."""
+    try:
+        plan = load_plan(out)
+    except SecateurError:
+        return None
+    same = (plan.recipe, plan.model.sha256, plan.secateur) == (recipe, model_hash, secateur.__version__)
+    text_is_fixed = plan.calibration is None or recipe.calibration == "self"
+    return plan if same and text_is_fixed else None
+
+
 def _plan_file(out: Path | None, overwrite: bool) -> Path | None:
     if out is None:
         return None
@@ -258,15 +281,11 @@ def _plan_file(out: Path | None, overwrite: bool) -> Path | None:
         return out / PLAN_FILE
     for file in (out, masks_beside(out)):
         if file.exists() and not overwrite:
-            from secateur.errors import OutputError
-
             raise OutputError(f"{file} is there already; give another --out, or --overwrite")
     return out
 
 
 def already_complete(out: Path, push: str | None) -> Result:
-    import json
-
     log.info("%s is already complete: it is the result of this very run.", out)
     record = json.loads((out / RECORD / RUN_FILE).read_text(encoding="utf-8"))
     if push:
@@ -289,8 +308,6 @@ def push_folder(folder: Path, repository: str) -> None:
     """
     from huggingface_hub import HfApi
 
-    from secateur.errors import OutputError
-
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
@@ -299,8 +316,3 @@ def push_folder(folder: Path, repository: str) -> None:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise OutputError(f"{folder} is finished, but could not be pushed to {repository}: {reason}") from error
     log.info("Pushed to https://huggingface.co/%s", repository)
-
-
-def open_for_reading(spec: str, trust_remote_code: bool = False) -> Checkpoint:
-    """Open a model without a run (inspect)."""
-    return open_checkpoint(spec, trust_remote_code)

@@ -13,23 +13,47 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from secateur.checkpoint.manifest import FILES, RECORD
 from secateur.console import log, log_file
 from secateur.errors import OutputError, Stopped
 from secateur.files import full_disk_is_an_error
-
-RECORD = "secateur"
-"""The subfolder for plan, masks, recipe and log, where no loader mistakes them for weights."""
 
 RUN_FILE = "run.json"
 
 
 def is_complete(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether ``out`` is the finished result of exactly this run."""
+    """Whether ``out`` is the finished result of exactly this run, with its weight files still there."""
     try:
         found = json.loads((out / RECORD / RUN_FILE).read_text(encoding="utf-8"))
+        files = json.loads((out / RECORD / FILES).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    if not all((out / name).is_file() for name in files):
+        return False
     return isinstance(found, dict) and found.get("identity") == json.loads(json.dumps(identity))
+
+
+def absolute(out: Path) -> Path:
+    """``out`` without ``.``, ``..`` and trailing slashes, so that ``OUT.partial`` can stand beside it.
+
+    Raises:
+        OutputError: it is the root of a disk.
+    """
+    whole = Path(os.path.abspath(out))
+    if not whole.name:
+        raise OutputError(f"{out} cannot be a result's folder; give a folder that does not exist yet")
+    return whole
+
+
+def check_apart(out: Path, model: Path) -> None:
+    """Refuse an ``out`` that is, holds, or lies in the model's own folder: replacing it would destroy the model.
+
+    Raises:
+        OutputError: they overlap.
+    """
+    out, model = out.resolve(), model.resolve()
+    if out == model or out in model.parents or model in out.parents:
+        raise OutputError(f"--out {out} overlaps with the model's own folder {model}; give a folder apart from it")
 
 
 def check_free(out: Path, overwrite: bool) -> None:
@@ -74,9 +98,12 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             lock.release()
             _remove(partial, made)
         raise
-    lock.release()
-    with full_disk_is_an_error(partial):
-        _replace(partial, out)
+    try:
+        check_free(out, overwrite)  # something may have appeared there meanwhile
+        with full_disk_is_an_error(partial):
+            _replace(partial, out)
+    finally:
+        lock.release()
 
 
 def _acquire(lock: FileLock, partial: Path) -> None:
@@ -116,10 +143,16 @@ def _remove(partial: Path, made: list[Path]) -> None:
 
 
 def _replace(partial: Path, out: Path) -> None:
-    (partial / ".lock").unlink(missing_ok=True)
+    """Rename while the lock is held; what stood at ``out`` comes back should the rename fail."""
     old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}") if out.exists() else None
     if old is not None:
         os.replace(out, old)
-    os.replace(partial, out)
+    try:
+        os.replace(partial, out)
+    except OSError:
+        if old is not None:
+            os.replace(old, out)
+        raise
+    (out / ".lock").unlink(missing_ok=True)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -26,7 +26,7 @@ def test_a_hub_id_is_found_in_the_cache_offline(llama_folder, tmp_path, monkeypa
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     source = resolve_model("org/tiny")
-    assert (source.folder, source.hub_id, source.license) == (snapshot, "org/tiny", "apache-2.0")
+    assert (source.folder, source.hub_id, source.card["license"]) == (snapshot, "org/tiny", "apache-2.0")
     with pytest.raises(ModelError, match="not in the local cache"):
         resolve_model("org/other")
 

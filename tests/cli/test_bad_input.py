@@ -273,6 +273,70 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(llama_folder, windows_fi
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [["--unit", "weight"], ["--memory", "0", "--criterion", "wanda"]])
+def test_a_disk_that_fills_up_in_cache_or_spill(words, save, windows_file, tmp_path):
+    """Scores and spilled activations are written before any weight is; the limit is too small for either."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    environment = os.environ | {"SECATEUR_CACHE": str(tmp_path / "cache")}
+    folder = save(tiny_llama())
+    command = [sys.executable, "-m", "secateur", "prune", str(folder), "--out", str(tmp_path / "out")]
+    process = subprocess.run(
+        [*command, "--calibration", str(windows_file), *words],
+        preexec_fn=limit,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2, process.stderr
+    assert "disk filled up" in process.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in process.stderr
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("out", ["model", "model/inside", "."])
+def test_out_must_be_apart_from_the_model(out, command, llama_folder, windows_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(llama_folder if out == "." else tmp_path)
+    before = {p: p.read_bytes() for p in llama_folder.iterdir()}
+    code, _, err = command("prune", llama_folder, "--out", out, "--calibration", windows_file, "--overwrite")
+    assert code == 2
+    assert "overlaps" in err
+    assert {p: p.read_bytes() for p in llama_folder.iterdir()} == before
+
+
+def test_recipes_spell_patterns_and_blocks_as_flags_do(command, llama_folder, windows_file, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {llama_folder}\nunit: 2:4\nblocks: 1:3\ncriterion: wanda\ncalibration: {windows_file}\n")
+    code, out, _ = command("plan", "--recipe", recipe, "--out", tmp_path / "p.json", "--json")
+    assert code == 0
+    assert json.loads(out)["asked"] == "2:4 sparsity in blocks 1:3"
+    plan = (tmp_path / "p.json").read_bytes()
+    code, _, err = command("plan", "--recipe", recipe, "--out", tmp_path / "p.json", "--seed", "3")
+    assert (code, (tmp_path / "p.json").read_bytes()) == (2, plan)
+    assert "--overwrite" in err
+
+
+def test_the_same_plan_again_is_already_there(command, llama_folder, tmp_path):
+    words = [
+        "plan",
+        llama_folder,
+        "--unit",
+        "weight",
+        "--criterion",
+        "magnitude",
+        "--out",
+        tmp_path / "p.json",
+        "--json",
+    ]
+    first, second = command(*words), command(*words)
+    assert (first[0], second[0]) == (0, 0)
+    assert json.loads(first[1])["chosen"] == json.loads(second[1])["chosen"]
+    assert "already" in second[2]
+
+
 def test_too_little_disk_is_seen_before_writing(command, llama_folder, windows_file, tmp_path, monkeypatch):
     import collections
 

@@ -107,7 +107,27 @@ def test_uneven_says_so_and_names_the_nearest_uniform_plan(command, llama_folder
     )
     assert code == 0
     assert "UNEVEN" in err
-    assert "--allocation uniform --unit channel --ratio 0.333" in err
+    assert "--allocation uniform --unit channel --ratio 0.334" in err
+
+
+def test_the_nearest_uniform_plan_runs_and_is_uniform(command, save, windows_file, tmp_path):
+    import re
+
+    folder = save(tiny_llama(num_attention_heads=6, num_key_value_heads=3, hidden_size=48))
+    words = ["plan", folder, "--calibration", windows_file, "--unit", "head"]
+    _, _, err = command(*words, "--out", tmp_path / "a", "--ratio", 0.34, "--blocks", "1:2")
+    advice = re.search(r"(--allocation uniform --unit head --ratio \S+) on", err)
+    code, out, _ = command(*words, "--out", tmp_path / "b", *advice[1].split(), "--json")
+    assert code == 0
+    assert not json.loads(out)["uneven"]
+
+
+def test_a_fresh_process_loads_an_uneven_result(llama_folder, windows_NT, tmp_path):
+    from secateur.checkpoint.verify import fresh_logits
+
+    secateur.prune(str(llama_folder), tmp_path / "cut", unit="channel", criterion="magnitude", blocks="1:3", ratio=0.5)
+    found = fresh_logits(tmp_path / "cut", windows_NT[:1], remote_code=True)
+    assert torch.allclose(found, logits(secateur.load(tmp_path / "cut"), windows_NT[:1]), atol=1e-5)
 
 
 def test_an_uneven_result_can_be_pruned_again(llama_folder, windows_file, windows_NT, tmp_path):

@@ -127,14 +127,16 @@ def test_a_plan_saved_and_applied_gives_the_same_bytes(llama_folder, windows_fil
     assert load_plan(tmp_path / "p.json").removed_by_kind() == {"head": (3, 12), "channel": (72, 288)}
 
 
+@pytest.mark.parametrize("unit", ["weight", "head,channel"])
 @pytest.mark.parametrize("criterion", ["taylor:order=mixed", "gblm", "wanda", "random"])
-def test_the_same_command_twice_is_byte_identical(criterion, llama_folder, windows_file, tmp_path, monkeypatch):
+def test_the_same_command_twice_is_byte_identical(unit, criterion, llama_folder, windows_file, tmp_path, monkeypatch):
     for run in "ab":
         monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / f"cache-{run}"))  # nothing is shared through the cache
         secateur.prune(
-            str(llama_folder), tmp_path / run, unit="weight", criterion=criterion, calibration=str(windows_file)
+            str(llama_folder), tmp_path / run, unit=unit, ratio=0.5, criterion=criterion, calibration=str(windows_file)
         )
-    for name in ("model.safetensors", "config.json", "secateur/plan.json", "secateur/masks.safetensors", "README.md"):
+    files = ["model.safetensors", "config.json", "secateur/plan.json", "README.md"]
+    for name in files + (["secateur/masks.safetensors"] if unit == "weight" else []):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
 
 

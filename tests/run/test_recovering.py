@@ -40,6 +40,19 @@ def test_zeros_stay_zeros_through_training_and_merge(unit, llama_folder, windows
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
 
 
+def test_a_mask_of_a_few_zeros_is_kept_too(save, windows_file, tmp_path):
+    """A global threshold may take almost nothing from a matrix; what it took stays gone."""
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(20)
+    secateur.prune(str(save(model)), tmp_path / "s", unit="weight", criterion="magnitude", within="global", ratio=0.2)
+    secateur.recover(tmp_path / "s", tmp_path / "t", data=str(windows_file), steps=2, learning_rate=1e-2)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("s", "t"))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert 0 < float((before[name] == 0).float().mean()) < 0.02
+    assert all(torch.equal(after[n] == 0, before[n] == 0) for n in after if "proj" in n)
+
+
 def test_an_uneven_model_is_recovered_and_stays_loadable(llama_folder, windows_file, windows_NT, tmp_path):
     secateur.prune(
         str(llama_folder), tmp_path / "cut", unit="channel", blocks="1:3", ratio=0.5, calibration=str(windows_file)

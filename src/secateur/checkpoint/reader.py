@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from secateur.checkpoint.manifest import check_manifest
 from secateur.checkpoint.skeleton import Skeleton, build_skeleton, load_config
 from secateur.checkpoint.source import ModelSource, resolve_model
 from secateur.console import track
@@ -122,7 +123,7 @@ class Checkpoint:
                 "diverged in training: get it again"
             )
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         return digest.hexdigest()
 
 
@@ -134,7 +135,7 @@ def open_checkpoint(spec: str, trust_remote_code: bool = False) -> Checkpoint:
     """
     source = resolve_model(spec)
     stored = _stored_tensors(source.folder)
-    _check_manifest(source.folder)
+    check_manifest(source.folder)
     skeleton = build_skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
     return Checkpoint(source, skeleton, _matched(source.folder, skeleton, stored))
 
@@ -184,26 +185,6 @@ def _weight_files(folder: Path) -> list[Path]:
         if not file.is_file():
             raise ModelError(f"{index} names the shard {file.name}, which is missing from {folder}; download it again")
     return files
-
-
-def _check_manifest(folder: Path) -> None:
-    """A folder that Secateur wrote carries its files' hashes, so even one flipped bit in it is seen."""
-    manifest = folder / "secateur" / "files.json"
-    if not manifest.is_file():
-        return
-    from secateur.files import sha256_of_file
-
-    try:
-        expected = json.loads(manifest.read_text(encoding="utf-8"))
-        named = [(folder / name, digest) for name, digest in expected.items()]
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{manifest} is damaged; write the model again, or remove it to skip the check") from error
-    for file, digest in named:
-        if file.is_file() and sha256_of_file(file) != digest:
-            raise ModelError(
-                f"{file} has changed since Secateur wrote it (its bytes no longer match {manifest.name}); write it again, "
-                f"or remove {manifest} where the change was meant"
-            )
 
 
 def _matched(folder: Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

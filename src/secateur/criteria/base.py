@@ -74,7 +74,7 @@ class Criterion(ABC):
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
 
 
 def parse_criterion(text: str, known: Mapping[str, type[Criterion]]) -> Criterion:

@@ -13,15 +13,18 @@ def model_card(facts: Facts) -> str:
     """The card of one output.
 
     Args:
-        facts: what ``run`` recorded: ``title``, ``model`` (spec, hub_id, license), ``what`` (one sentence), ``before`` and
+        facts: what ``run`` recorded: ``title``, ``model`` (spec, hub_id, card), ``what`` (one sentence), ``before`` and
             ``after`` (parameters, bytes, zeros, prunable), ``asked``, ``calibration``, ``uneven``, ``figures``, ``recipe`` (YAML).
     """
     from huggingface_hub import ModelCardData
 
     model = facts["model"]
+    card = model.get("card") or {}
     metadata = ModelCardData(
-        license=model.get("license"),
-        base_model=model.get("hub_id"),
+        license=card.get("license"),
+        license_name=card.get("license_name"),
+        license_link=card.get("license_link"),
+        base_model=model.get("hub_id") or card.get("base_model"),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["pruning", "secateur"],

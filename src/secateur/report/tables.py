@@ -30,9 +30,7 @@ def run_table(record: dict[str, Any], out: Path) -> RenderableType:
             _row(table, f"{kind} units", there, left)
     for name, entry in (record.get("evaluation") or {}).get("models", {}).items():
         table.add_row(f"perplexity, {name}", "", f"{entry['perplexity']['value']:.2f}", "")
-    lines = [f"asked:    {record['asked']}", f"reached:  {record['reached']}"]
-    remote = ", trust_remote_code=True" if record["uneven"] else ""
-    lines += ["", f"load it:  AutoModelForCausalLM.from_pretrained({str(out)!r}{remote})"]
+    lines = [f"asked:    {record['asked']}", f"reached:  {record['reached']}", "", _load_line(record, out)]
     return Group(table, Text("\n".join(lines)))
 
 
@@ -78,9 +76,14 @@ def recovery_table(record: dict[str, Any], out: Path) -> RenderableType:
     )
     text = (
         f"steps: {training['steps']} of {training['batch_size']} windows, {training['tokens']:,} tokens, {training['seconds']:.0f} s\n"
-        f"load it:  AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        f"{_load_line(record, out)}"
     )
     return Group(table, Text(text))
+
+
+def _load_line(record: dict[str, Any], out: Path) -> str:
+    remote = ", trust_remote_code=True" if record["uneven"] else ""
+    return f"load it:  AutoModelForCausalLM.from_pretrained({str(out)!r}{remote})"
 
 
 def _table(*columns: str) -> Table:

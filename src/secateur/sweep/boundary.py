@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,9 @@ class BoundaryStore:
             self.held += size
             return
         self._scratch.mkdir(parents=True, exist_ok=True)
-        path = self._scratch / f"{uuid.uuid4().hex}.f32"
-        tensor_BTD.contiguous().numpy().tofile(path)
+        path = self._scratch / f"block-{key[0]:04d}-batch-{key[1]:05d}.f32"
+        with path.open("wb") as stream:
+            stream.write(tensor_BTD.contiguous().numpy().data)
         self._files[key] = (path, tensor_BTD.shape)
 
     def pop(self, key: tuple[int, int]) -> torch.Tensor:

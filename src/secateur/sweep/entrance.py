@@ -84,23 +84,26 @@ def _blocks_replaced(skeleton: Skeleton, forward: Callable[..., Any]) -> Iterato
             block.__dict__.pop("forward", None)
 
 
-def enter(checkpoint: Checkpoint, batches: list[torch.Tensor]) -> tuple[list[torch.Tensor], BlockCalls]:
+def enter(checkpoint: Checkpoint, batches: list[torch.Tensor], take: Callable[[int, torch.Tensor], None]) -> BlockCalls:
     """Run what precedes the blocks on every micro-batch of token ids ``(B, T)``.
 
+    Args:
+        take: called with each micro-batch's number and the hidden states ``(B, T, D)`` that enter block 0.
+
     Returns:
-        the hidden states ``(B, T, D)`` that enter block 0, one a micro-batch, and how the blocks are called.
+        how the blocks are called.
     """
     skeleton = checkpoint.skeleton
     last = len(skeleton.blocks) - 1
     calls = BlockCalls([[] for _ in skeleton.blocks])
-    entering: list[torch.Tensor] = []
 
     def pass_through(index: int, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         calls.record(index, (args, kwargs))
         if index == 0:
-            if not entering:
+            number = len(calls.arguments[0]) - 1
+            if number == 0:
                 calls.returns_tuple = _returns_tuple(checkpoint, hidden, args, kwargs)
-            entering.append(hidden)
+            take(number, hidden)
         if index == last:
             raise _LastBlockReached
         return (hidden,) if calls.returns_tuple else hidden
@@ -112,7 +115,7 @@ def enter(checkpoint: Checkpoint, batches: list[torch.Tensor]) -> tuple[list[tor
             except _LastBlockReached:
                 continue
             raise ModelError(f"the forward of {type(model).__name__} does not run through its last block")
-    return entering, calls
+    return calls
 
 
 def _returns_tuple(checkpoint: Checkpoint, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

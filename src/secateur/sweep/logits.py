@@ -19,7 +19,9 @@ def streamed_logits(checkpoint: Checkpoint, ids_BT: torch.Tensor, variant: Varia
 
     Meant for a few tokens: it builds the logits of all of them at once.
     """
-    (x_BTD,), calls = enter(checkpoint, [ids_BT])
+    entering: list[torch.Tensor] = []
+    calls = enter(checkpoint, [ids_BT], lambda number, hidden: entering.append(hidden))
+    x_BTD = entering.pop()
     for index in range(len(checkpoint.skeleton.blocks)):
         with resident_block(checkpoint, index) as block:
             if variant is not None:

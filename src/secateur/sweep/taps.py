@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.errors import ModelError
 from secateur.statistics import GradientStatistic, InputStatistic
 
 
@@ -19,7 +20,7 @@ def input_taps(matrices: Mapping[str, nn.Linear], statistics: Mapping[str, Itera
 
     def tap(kinds: list[InputStatistic]) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            for x_TI in args[0].detach():
+            for x_TI in _windows_of(args[0], module):
                 for statistic in kinds:
                     statistic.update(x_TI)
 
@@ -37,6 +38,16 @@ def input_taps(matrices: Mapping[str, nn.Linear], statistics: Mapping[str, Itera
             handle.remove()
 
 
+def _windows_of(x_BTI: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """A matrix's inputs, which have to keep windows apart: statistics are means over windows."""
+    if x_BTI.dim() != 3:
+        raise ModelError(
+            f"{module} is fed {list(x_BTI.shape)} instead of (windows, tokens, features); "
+            "this model mixes windows and cannot be scored"
+        )
+    return x_BTI.detach()
+
+
 class GradientTaps:
     """Catches what a weight's gradient is made of: the matrix's input and the gradient of its output.
 
@@ -52,7 +63,7 @@ class GradientTaps:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
             caught: list[torch.Tensor] = []
             out.register_hook(caught.append)
-            self._uses[name].append((args[0].detach(), caught))
+            self._uses[name].append((_windows_of(args[0], module), caught))
 
         return hook
 

@@ -98,11 +98,8 @@ class Sweep:
 
     def _forward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, pruned: bool) -> None:
         store = BoundaryStore(self.settings.memory, self.settings.scratch)
-        entering, calls = enter(self.checkpoint, self._batches)
         with full_disk_is_an_error(self.settings.scratch), progress("Sweeping the blocks", blocks.stop) as advance:
-            for batch, x_BTD in enumerate(entering):
-                store.put((0, batch), x_BTD)
-            entering.clear()
+            calls = enter(self.checkpoint, self._batches, lambda batch, x_BTD: store.put((0, batch), x_BTD))
             for index in range(blocks.stop):  # what follows the last block asked for is never run
                 with resident_block(self.checkpoint, index) as block:
                     self._forward_block(index, block, calls, store, needs, blocks, visit, pruned)
@@ -144,14 +141,11 @@ class Sweep:
     def _with_gradients(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
         count = len(self.checkpoint.skeleton.blocks)
         gathered: dict[int, BlockStatistics] = {}
-        entering, calls = enter(self.checkpoint, self._batches)
-        keep_from, memory = self._keep_from(calls, entering, blocks.start)
-        store = BoundaryStore(memory, self.settings.scratch)
+        store = BoundaryStore(self.settings.memory, self.settings.scratch)
         kept: dict[tuple[int, int], _Kept] = {}
         with full_disk_is_an_error(self.settings.scratch):
-            for batch, x_BTD in enumerate(entering):
-                store.put((0, batch), x_BTD)
-            entering.clear()
+            calls = enter(self.checkpoint, self._batches, lambda batch, x_BTD: store.put((0, batch), x_BTD))
+            keep_from = self._keep_from(calls, store, blocks.start)
             with progress("Forward over the blocks", count) as advance:
                 for index in range(count):
                     with resident_block(self.checkpoint, index) as block:
@@ -261,18 +255,22 @@ class Sweep:
             if not first:
                 store.put((index, batch), entering_gradient_BTD)
 
-    def _keep_from(self, calls: BlockCalls, entering: list[torch.Tensor], start: int) -> tuple[int, int]:
-        """The first block that may keep what autograd holds, and the memory that is left for the inputs of the others."""
+    def _keep_from(self, calls: BlockCalls, store: BoundaryStore, start: int) -> int:
+        """The first block that may keep what autograd holds; the store is left the memory that this does not take."""
         count = len(self.checkpoint.skeleton.blocks)
+        first_BTD = store.pop((0, 0))
+        inputs = first_BTD.numel() * first_BTD.element_size() * len(self._batches)
         # Inputs of every block, and the gradients that replace them one block at a time.
-        free = self.settings.memory - (count - start + 2) * _bytes(entering)
-        if free <= 0:
-            return count, self.settings.memory
-        each = self._graph_bytes(calls, entering)
-        fitting = min(count - start, free // each)
-        return count - fitting, self.settings.memory - fitting * each
+        free = self.settings.memory - (count - start + 2) * inputs
+        fitting = 0
+        if free > 0:
+            each = self._graph_bytes(calls, first_BTD)
+            fitting = min(count - start, free // each)
+            store.memory -= fitting * each
+        store.put((0, 0), first_BTD)
+        return count - fitting
 
-    def _graph_bytes(self, calls: BlockCalls, entering: list[torch.Tensor]) -> int:
+    def _graph_bytes(self, calls: BlockCalls, first_BTD: torch.Tensor) -> int:
         """Bytes that one block's kept graph holds over all micro-batches, its weights included (measured on block 0)."""
         seen: dict[int, int] = {}
 
@@ -284,12 +282,8 @@ class Sweep:
         with resident_block(self.checkpoint, 0) as block:
             weights = sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                run = self._run_with_graph(0, block, calls, 0, entering[0], self.checkpoint.skeleton.prunable(0))
+                run = self._run_with_graph(0, block, calls, 0, first_BTD, self.checkpoint.skeleton.prunable(0))
             return weights + (sum(seen.values()) + run.taps.bytes()) * len(self._batches)
-
-
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _fresh(matrices: Mapping[str, nn.Linear], needs: frozenset[type[Statistic]]) -> BlockStatistics:
