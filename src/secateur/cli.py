@@ -274,6 +274,7 @@ def apply(
     ] = None,
     overwrite: OverwriteOption = False,
     push_to_hub: PushOption = None,
+    trust_remote_code: RemoteOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -282,7 +283,7 @@ def apply(
     from secateur import run
     from secateur.report.tables import run_table
 
-    result = run.apply(plan_path, out, model, overwrite, push_to_hub)
+    result = run.apply(plan_path, out, model, overwrite, push_to_hub, trust_remote_code)
     if as_json:
         _print_json({"out": str(result.folder), "already_complete": result.complete_before, **result.record})
     else:
@@ -418,7 +419,7 @@ def main() -> None:
         raise Stopped
 
     # Not KeyboardInterrupt: Typer turns that into a silent end.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
         app(standalone_mode=False)
@@ -432,6 +433,12 @@ def main() -> None:
         if "allocate memory" not in str(error):
             raise
         _complain(NO_MEMORY)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone; there is nobody to tell
+        sys.exit(2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror or error}; give another path")
     except Exception as error:
         # Typer's own complaints (an unknown flag, a missing argument) become one sentence too; all else is a defect.
         if not hasattr(error, "format_message"):
@@ -440,7 +447,7 @@ def main() -> None:
 
 
 def _complain(sentence: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"secateur: {sentence}", markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"secateur: {sentence}", markup=False, emoji=False)
     sys.exit(2)
 
 

@@ -24,7 +24,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "bold yellow" if record.levelno >= logging.WARNING else None
-        stderr.print(record.getMessage(), style=style, markup=False, highlight=False, soft_wrap=True)
+        stderr.print(record.getMessage(), style=style, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def setup(verbose: bool = False) -> None:

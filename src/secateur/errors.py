@@ -46,6 +46,12 @@ class ResourceError(SecateurError):
     """Too little memory or disk."""
 
 
+def reason_of(error: BaseException) -> str:
+    """What a library's exception says, on one line and not longer than a sentence should be."""
+    text = " ".join(str(error).split())
+    return (text[:240] + " ...") if len(text) > 240 else text or type(error).__name__
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """Return ``"; did you mean 'x'? (there are a, b, x)"`` for an unknown ``name``."""
     names = sorted(known)

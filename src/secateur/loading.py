@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from secateur.checkpoint.skeleton import is_uneven, load_config
 from secateur.checkpoint.uneven import PrunedForCausalLM
-from secateur.errors import ModelError
+from secateur.errors import ModelError, reason_of
 
 
 def load(folder: str | Path, dtype: Any = torch.float32, **kwargs: Any) -> Any:
@@ -33,5 +33,5 @@ def load(folder: str | Path, dtype: Any = torch.float32, **kwargs: Any) -> Any:
             folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **kwargs
         ).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise ModelError(f"{folder} does not load: {reason}") from error

@@ -73,6 +73,8 @@ class Planner:
         if recipe.masks_weights:
             for index in self.blocks:
                 checkpoint.skeleton.prunable(index)
+        if recipe.ratio == 0:
+            raise RecipeError(self._removes_nothing())
         self.groups = self._wanted_groups()
         self._check_amounts()
 
@@ -175,6 +177,7 @@ class Planner:
     @cached_property
     def windows(self) -> TokenWindows:
         """The calibration windows; opened when first needed."""
+        self._check_length(self.recipe.window_length or 0)
         windows = open_windows(
             self.recipe.calibration,
             model_folder=self.checkpoint.folder,
@@ -187,8 +190,16 @@ class Planner:
             trust_remote_code=self.recipe.trust_remote_code,
         )
         count, length = windows.ids_NT.shape
+        self._check_length(length)
         log.info("Calibrating on %d windows of %d tokens (%s).", count, length, windows.description)
         return windows
+
+    def _check_length(self, length: int) -> None:
+        positions = getattr(self.checkpoint.config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and length > positions:
+            raise RecipeError(
+                f"windows of {length} tokens are longer than the model's {positions} positions; give --window-length {positions} or less"
+            )
 
     def _calibration_identity(self) -> CalibrationIdentity | None:
         if not self.criterion.needs():
@@ -319,6 +330,11 @@ class Planner:
             contributions = {name: self.criterion.score_OI(matrix) for name, matrix in matrices.items()}
             for group in self.groups[index]:
                 scores[self._unit_key(group)] = unit_scores(group, contributions, self.criterion, self.recipe.reduce)
+        for name, score in scores.items():
+            if not torch.isfinite(score).all():
+                raise RecipeError(
+                    f"{self.criterion} gives scores that are not finite in block {index} ({name}); choose smaller options"
+                )
         return scores
 
     @staticmethod

@@ -182,7 +182,7 @@ def load_plan(path: Path) -> Plan:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise PlanError(f"{file} is not a plan this version reads: {where}: {first['msg'].lower()}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{file} is not a plan: {error}; make it again") from error
     if any(entry.masks for entry in plan.blocks):
         plan._bits = _load_masks(plan, masks_beside(file))

@@ -15,6 +15,7 @@ from secateur.checkpoint import uneven
 from secateur.checkpoint.manifest import write_manifest
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.shapes import OutputShape, output_shape
+from secateur.checkpoint.skeleton import is_uneven
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
@@ -101,7 +102,9 @@ class Realisation:
             if removed and group.kind in ("head", "query")
         ]
         model = self.checkpoint.skeleton.model
-        architecture = (self.checkpoint.config.architectures or [type(model).__name__])[0]
+        # An uneven model's class is made on the fly; its config names the family's.
+        own = is_uneven(self.checkpoint.config)
+        architecture = self.checkpoint.config.architectures[0] if own else type(model).__name__
         found = output_shape(
             self.checkpoint.config, architecture, self.shapes_before, self.shapes_after, min(widths, default=None)
         )

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.criteria import Criterion, criterion_from
-from secateur.errors import RecipeError, suggest
+from secateur.errors import RecipeError, reason_of, suggest
 
 CUT_KINDS = ("head", "query", "channel")
 """Units that are physically cut out, in the order they are decided."""
@@ -72,8 +72,8 @@ class Recipe(BaseModel):
     propagate: Literal["dense", "pruned"] | None = None
     blocks: str | None = None
     calibration: str = "self"
-    windows: int | None = Field(default=None, ge=1)
-    window_length: int | None = Field(default=None, ge=2)
+    windows: int | None = Field(default=None, ge=1, le=1_000_000)
+    window_length: int | None = Field(default=None, ge=2, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
     micro_batch: int = Field(default=4, ge=1)
     memory: str = "2GiB"
@@ -94,7 +94,7 @@ class Recipe(BaseModel):
         criterion = criterion_from(self.criterion)
         object.__setattr__(self, "criterion", str(criterion))
         parse_bytes(self.memory)
-        if self.blocks is not None and not re.fullmatch(r"\d*:\d*", self.blocks):
+        if self.blocks is not None and not re.fullmatch(r"[0-9]*:[0-9]*", self.blocks):
             raise RecipeError(f"--blocks is FIRST:LAST such as 4:30, not '{self.blocks}'")
         self._check_units()
         if self.propagate is None:
@@ -126,8 +126,8 @@ class Recipe(BaseModel):
             raise RecipeError(
                 "query heads leave every group in equal number, so they have no global choice; use --allocation uniform"
             )
-        if self.within == "global" and self.n_of_m:
-            raise RecipeError("N:M is chosen within every group of M; leave --within global out")
+        if self.within != "row" and self.n_of_m:
+            raise RecipeError(f"N:M is chosen within every group of M; leave --within {self.within} out")
         if self.within == "global" and self.cut_kinds and self.masks_weights:
             raise RecipeError(
                 "--within global chooses over the whole model before anything is cut; cut and mask in two runs"
@@ -195,7 +195,7 @@ class Recipe(BaseModel):
 
 
 def _is_n_of_m(unit: str) -> bool:
-    match = re.fullmatch(r"(\d+):(\d+)", unit)
+    match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", unit)
     return match is not None and 0 < int(match[1]) < int(match[2])
 
 
@@ -222,7 +222,7 @@ def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
     if file is not None:
         content = _read_yaml(file)
     content.update({key: value for key, value in given.items() if value is not None})
-    for key in content:
+    for key in map(str, content):
         if key not in Recipe.model_fields:
             raise RecipeError(f"a recipe has no field '{key}'{suggest(key, Recipe.model_fields)}")
     if "model" not in content:
@@ -256,8 +256,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainNumbers)
     except FileNotFoundError as error:
         raise RecipeError(f"there is no recipe at {file}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{file} is not readable YAML: {str(error).splitlines()[0]}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{file} is not readable YAML: {reason_of(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{file} is not a recipe: it has to be a YAML mapping of fields such as 'model: smollm2'")
     return content

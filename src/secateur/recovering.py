@@ -54,7 +54,7 @@ def recover_folder(
 
     settings, out = settings or LoraSettings(), absolute(out)
     checkpoint = open_checkpoint(spec)
-    check_apart(out, checkpoint.folder)
+    check_apart(out, checkpoint.folder, data)
     identity = {
         "command": "recover",
         "version": secateur.__version__,

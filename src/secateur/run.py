@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import secateur
-from secateur.calibration import fingerprint
+from secateur.calibration import fingerprint, text_windows
 from secateur.checkpoint.manifest import RECORD
 from secateur.checkpoint.reader import open_checkpoint
 from secateur.console import log
-from secateur.errors import OutputError, SecateurError
+from secateur.errors import OutputError, PlanError, SecateurError, reason_of
 from secateur.files import cache_folder, full_disk_is_an_error, write_json
 from secateur.planning import Planner, default_workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
@@ -82,7 +82,9 @@ def prune(
     """Plan, carry out, check in a fresh process, count what was written, and describe it."""
     out = absolute(out)
     checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
-    check_apart(out, checkpoint.folder)
+    check_apart(out, checkpoint.folder, recipe.calibration, evaluate_on)
+    if evaluate_on is not None:
+        text_windows(evaluate_on, checkpoint.folder, max_windows=1)  # refused now, not after all the work
     identity = {
         "command": "prune",
         "version": secateur.__version__,
@@ -104,7 +106,12 @@ def prune(
 
 
 def apply(
-    plan_path: Path, out: Path, model: str | None = None, overwrite: bool = False, push_to_hub: str | None = None
+    plan_path: Path,
+    out: Path,
+    model: str | None = None,
+    overwrite: bool = False,
+    push_to_hub: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Result:
     """Carry out a saved plan: the same weights that ``prune`` writes.
 
@@ -113,8 +120,12 @@ def apply(
     """
     plan = load_plan(plan_path)
     out = absolute(out)
-    checkpoint = open_checkpoint(model or plan.model.spec, plan.recipe.trust_remote_code)
-    check_apart(out, checkpoint.folder)
+    if plan.recipe.trust_remote_code and not trust_remote_code:
+        raise PlanError(
+            f"the plan at {plan_path} asks to run code that comes with the model; allow it with --trust-remote-code"
+        )
+    checkpoint = open_checkpoint(model or plan.model.spec, trust_remote_code)
+    check_apart(out, checkpoint.folder, str(plan_path))
     realisation = Realisation(checkpoint, plan)
     identity = {
         "command": "apply",
@@ -313,6 +324,6 @@ def push_folder(folder: Path, repository: str) -> None:
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         raise OutputError(f"{folder} is finished, but could not be pushed to {repository}: {reason}") from error
     log.info("Pushed to https://huggingface.co/%s", repository)

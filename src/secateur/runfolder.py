@@ -19,6 +19,7 @@ from secateur.errors import OutputError, Stopped
 from secateur.files import full_disk_is_an_error
 
 RUN_FILE = "run.json"
+LOCK, MARK = ".lock", ".unfinished"
 
 
 def is_complete(out: Path, identity: dict[str, Any]) -> bool:
@@ -39,21 +40,31 @@ def absolute(out: Path) -> Path:
     Raises:
         OutputError: it is the root of a disk.
     """
-    whole = Path(os.path.abspath(out))
+    whole = Path(os.path.realpath(out.expanduser()))
     if not whole.name:
         raise OutputError(f"{out} cannot be a result's folder; give a folder that does not exist yet")
     return whole
 
 
-def check_apart(out: Path, model: Path) -> None:
-    """Refuse an ``out`` that is, holds, or lies in the model's own folder: replacing it would destroy the model.
+def check_apart(out: Path, model: Path, *texts: str | None) -> None:
+    """Refuse an ``out`` that is, holds, or lies in the model's own folder, or holds a text: replacing it would destroy them.
 
     Raises:
         OutputError: they overlap.
     """
-    out, model = out.resolve(), model.resolve()
-    if out == model or out in model.parents or model in out.parents:
+    model = model.resolve()
+    places = {out, partial_of(out)}
+    if places & {model, *model.parents} or out in places & set(model.parents) or model in out.parents:
         raise OutputError(f"--out {out} overlaps with the model's own folder {model}; give a folder apart from it")
+    for text in filter(None, texts):
+        file = Path(text).expanduser().resolve()
+        if file.exists() and places & {file, *file.parents}:
+            raise OutputError(f"--out {out} holds {file}, which this run reads; give a folder apart from it")
+
+
+def partial_of(out: Path) -> Path:
+    """Where the work for ``out`` lives."""
+    return out.with_name(out.name + ".partial")
 
 
 def check_free(out: Path, overwrite: bool) -> None:
@@ -78,9 +89,9 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         OutputError: ``out`` is occupied, cannot be written, or another run is writing it.
     """
     check_free(out, overwrite)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     made: list[Path] = []
-    lock = FileLock(partial / ".lock", timeout=0)
+    lock = FileLock(partial / LOCK, timeout=0)
     try:
         made = _make_parents(partial)
         _acquire(lock, partial)
@@ -89,6 +100,9 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             (partial / RECORD).mkdir()
             with log_file(partial / RECORD / "log.txt"):
                 yield partial
+            check_free(out, overwrite)  # something may have appeared there meanwhile
+            _replace(partial, out)
+        lock.release()
     except (KeyboardInterrupt, Stopped):
         lock.release()
         log.warning("Interrupted: the unfinished work is in %s; run the same command again, or remove it.", partial)
@@ -98,12 +112,6 @@ def run_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             lock.release()
             _remove(partial, made)
         raise
-    try:
-        check_free(out, overwrite)  # something may have appeared there meanwhile
-        with full_disk_is_an_error(partial):
-            _replace(partial, out)
-    finally:
-        lock.release()
 
 
 def _acquire(lock: FileLock, partial: Path) -> None:
@@ -116,10 +124,15 @@ def _acquire(lock: FileLock, partial: Path) -> None:
 def _make_parents(partial: Path) -> list[Path]:
     """Create ``partial`` and return the folders that were not there, innermost first."""
     made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
-    if partial.is_dir() and any(item.name != ".lock" for item in partial.iterdir()):
+    if partial.is_dir() and any(partial.iterdir()):
+        if partial.is_symlink() or not (partial / MARK).is_file():
+            raise OutputError(
+                f"{partial} is in the way and is not the work of an unfinished run; move it, or give another --out"
+            )
         log.info("Starting over: %s was left by an unfinished run.", partial)
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        (partial / MARK).touch()
     except OSError as error:
         raise OutputError(f"{partial} cannot be created: {error.strerror}; give another --out") from error
     return made
@@ -129,7 +142,7 @@ def _clear(partial: Path) -> None:
     for item in partial.iterdir():
         if item.is_dir():
             shutil.rmtree(item)
-        elif item.name != ".lock":
+        elif item.name not in (LOCK, MARK):
             item.unlink()
 
 
@@ -153,6 +166,7 @@ def _replace(partial: Path, out: Path) -> None:
         if old is not None:
             os.replace(old, out)
         raise
-    (out / ".lock").unlink(missing_ok=True)
+    for name in (LOCK, MARK):
+        (out / name).unlink(missing_ok=True)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

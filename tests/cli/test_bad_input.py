@@ -349,6 +349,7 @@ def test_a_second_run_in_the_same_folder_is_refused(command, llama_folder, windo
     from filelock import FileLock
 
     (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / ".unfinished").touch()
     with FileLock(tmp_path / "out.partial" / ".lock"):
         code, _, err = command("prune", llama_folder, "--out", tmp_path / "out", "--calibration", windows_file)
     assert code == 2

@@ -153,6 +153,22 @@ def _opened(file: Path) -> Iterator[Any]:
         ) from error
 
 
+def _check_ties(tied: dict[str, str], stored: dict[str, StoredTensor], matched: dict[str, StoredTensor]) -> None:
+    """A file may hold both names of a tied weight; where their numbers differ the config is wrong about the tie."""
+    for name, source in tied.items():
+        if name not in stored or source not in matched or stored[name] == matched[source]:
+            continue
+        pair = []
+        for place in (stored[name], matched[source]):
+            with _opened(place.file) as stream:
+                pair.append(stream.get_tensor(place.stored_name))
+        if not torch.equal(*pair):
+            raise ModelError(
+                f"the config ties '{name}' to '{source}', but {stored[name].file} holds different numbers for them; "
+                "set tie_word_embeddings to false in config.json"
+            )
+
+
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found = {}
     for file in _weight_files(folder):
@@ -201,7 +217,7 @@ def _matched(folder: Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) 
             continue
         if stored_name is None:
             raise ModelError(
-                f"the config asks for the weight '{name}', which {folder} does not hold; they do not belong together"
+                f"the config asks for the weight '{name}', which {folder} does not hold; they do not belong together, or transformers stores this family under other names, which is not read yet"
             )
         found = stored[stored_name]
         if found.shape != tuple(shape):
@@ -210,6 +226,7 @@ def _matched(folder: Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) 
                 "config.json and weights do not belong together"
             )
         matched[name] = found
+    _check_ties(tied, stored, matched)
     ignored = tuple(getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ())
     for name in stored.keys() - used:
         if not name.endswith(NOT_WEIGHTS) and not any(pattern in name for pattern in ignored):

@@ -102,7 +102,7 @@ def _families(config: Any, architecture: str, head_dim: int | None) -> list[_Fam
     from transformers import GraniteConfig, MistralConfig
 
     fields = {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED_OVER}
-    pinned = frozenset() if head_dim is None else frozenset({"head_dim"})
+    pinned = frozenset({"head_dim"})
     if head_dim is not None:
         fields["head_dim"] = head_dim
     families = [_Family(type(config), architecture, fields, pinned)]

@@ -11,7 +11,7 @@ from torch import nn
 
 from secateur.checkpoint.uneven import PrunedForCausalLM, largest_module_list
 from secateur.console import quiet_libraries
-from secateur.errors import ModelError, StructureError
+from secateur.errors import ModelError, StructureError, reason_of
 
 REMOTE_CLASS = "modeling_secateur.PrunedForCausalLM"
 """What the config of an uneven output names for ``trust_remote_code``."""
@@ -89,8 +89,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     except ModelError:
         raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{folder / 'config.json'} cannot be used: {reason}") from error
+        reason = reason_of(error)
+        raise ModelError(
+            f"{folder / 'config.json'} cannot be used: {reason}; get the model's own config.json again"
+        ) from error
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{folder} is quantised; give the model in bf16, fp16 or fp32")
     return config
@@ -126,8 +128,10 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:
                     config, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"no model can be built from this config: {reason}") from error
+        reason = reason_of(error)
+        raise ModelError(
+            f"transformers cannot build a language model from config.json ({reason}); mend the field it names, or give another model"
+        ) from error
     model.eval()
     model.tie_weights()  # replacing parameters by weightless ones has undone the ties
     model.requires_grad_(False)

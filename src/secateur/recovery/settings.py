@@ -31,17 +31,17 @@ class LoraSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int = Field(default=8, ge=1)
+    rank: int = Field(default=8, ge=1, le=4096)
     alpha: int = Field(default=16, ge=1)
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
     batch_size: int = Field(default=64, ge=1)
     micro_batch: int = Field(default=4, ge=1)
-    epochs: float = Field(default=2, gt=0)
+    epochs: float = Field(default=2, gt=0, le=1000)
     steps: int | None = Field(default=None, ge=1)
     warmup: int | None = Field(default=None, ge=0)
     held_out: int | None = Field(default=None, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
 
 def lora_settings(**given: Any) -> LoraSettings:
