@@ -105,7 +105,7 @@ WindowsOption = Annotated[
 LengthOption = Annotated[int | None, typer.Option(help="Tokens in a window. [default: 256]", show_default=False)]
 SeedOption = Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]", show_default=False)]
 MicroBatchOption = Annotated[
-    int | None, typer.Option(help="Windows that run through a block at once. [default: 4]", show_default=False)
+    int | None, typer.Option(help="Windows that run through a block at once. [default: 1]", show_default=False)
 ]
 MemoryOption = Annotated[
     str | None,

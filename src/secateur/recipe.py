@@ -55,7 +55,8 @@ class Recipe(BaseModel):
         windows: how many calibration windows.
         window_length: tokens in each.
         seed: of everything random.
-        micro_batch: windows that run through a block at once.
+        micro_batch: windows that run through a block at once. One, as the published codes do, gives their roundings too:
+            under pruned propagation a flipped near-tie changes all later blocks a little.
         memory: what block inputs and kept activations may take, for example ``2GiB``.
         trust_remote_code: run code that comes with the model.
     """
@@ -75,7 +76,7 @@ class Recipe(BaseModel):
     windows: int | None = Field(default=None, ge=1, le=1_000_000)
     window_length: int | None = Field(default=None, ge=2, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
-    micro_batch: int = Field(default=4, ge=1)
+    micro_batch: int = Field(default=1, ge=1)
     memory: str = "2GiB"
     trust_remote_code: bool = False
 
