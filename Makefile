@@ -14,7 +14,8 @@ quick: $(READY)  ## the demo in under two minutes
 	$(BIN)/secateur demo --quick
 
 test: $(READY) lint  ## everything that has to hold
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -m slow --durations=5
 
 lint: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks

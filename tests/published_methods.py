@@ -138,6 +138,8 @@ def taylor_terms(
     """Per-weight terms as in methods §14.2; ``vector`` keeps its sign."""
     terms = {}
     for name, parameter in model.named_parameters():
+        if name not in folded["signed"]:
+            continue
         weight = parameter.detach()
         mean, fisher = folded["signed"][name] / windows, folded["square"][name] / windows
         terms[name] = {
