@@ -140,6 +140,18 @@ def test_statistics_merge_and_resume(windows_NT):
         assert torch.allclose(left.mean(), whole.mean())
 
 
+def test_input_norms_merge():
+    parts = torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(0))
+    whole, left, right = InputNorm(), InputNorm(), InputNorm()
+    for number, x_TI in enumerate(parts):
+        whole.update(x_TI)
+        (left if number < 2 else right).update(x_TI)
+    left.merge(InputNorm.from_state(right.state()))
+    assert left.windows == 5
+    assert torch.allclose(left.norm_I(), whole.norm_I())
+    assert torch.allclose(whole.mean(), parts.square().sum(1).mean(0))
+
+
 def test_streamed_logits_equal_the_model(llama_folder, windows_NT):
     from tiny_models import tiny_llama
 

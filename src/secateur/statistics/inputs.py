@@ -8,21 +8,40 @@ from secateur.statistics.base import InputStatistic
 
 
 class InputNorm(InputStatistic):
-    """Mean over windows of the sum over tokens of x_j squared, ``(I,)``; sums in float64.
+    """Mean over windows of the sum over tokens of x_j squared, ``(I,)``, float32.
 
-    Its root is Wanda's ``||X_j||_2 / sqrt(N)`` (methods §0.2; Wanda, arXiv 2306.11695, equation 1).
+    Its root is Wanda's ``||X_j||_2 / sqrt(N)`` (methods §0.2; Wanda, arXiv 2306.11695, equation 1). The mean runs along
+    with the windows, in float32 and in the published code's order of operations: under pruned propagation a near-tie
+    that rounds the other way moves the masks of all later blocks (float64 sums moved 0.15 % of Wanda's places).
     """
 
     name = "input_norm"
 
     def update(self, x_TI: torch.Tensor) -> None:
-        self._add(x_TI.double().square_().sum(dim=0))
+        if self.total is None:
+            self.total = torch.zeros(x_TI.shape[1])
+        seen = self.windows
+        self.total *= seen / (seen + 1)
+        self.total += torch.norm(x_TI.float().T, p=2, dim=1) ** 2 / (seen + 1)
+        self.windows = seen + 1
+
+    def merge(self, other: InputNorm) -> None:
+        """Weigh the two running means by their windows."""
+        if other.total is None:
+            return
+        both = self.windows + other.windows
+        mine = 0 if self.total is None else self.total * (self.windows / both)
+        self.total, self.windows = mine + other.total * (other.windows / both), both
+
+    def mean(self) -> torch.Tensor:
+        """The running mean itself."""
+        if self.total is None:
+            raise ValueError("input_norm has seen no window")
+        return self.total.float()
 
     def norm_I(self) -> torch.Tensor:
         """``sqrt(mean over windows of sum over tokens of x_j^2)``, float32."""
-        if self.total is None:
-            raise ValueError("input_norm has seen no window")
-        return (self.total / self.windows).sqrt().float()
+        return self.mean().sqrt()
 
 
 class InputSecondMoment(InputStatistic):
