@@ -84,9 +84,9 @@ def run_demo(out: Path, quick: bool = False) -> None:
     for name, text in written.items():
         console.print(Panel(f"[dim]{PROMPT}[/dim]{text}", title=name, title_align="left"))
     console.print(
-        f"Done in {time.monotonic() - started:.0f} s. The smaller model is in [bold]{recovered.folder}[/bold]; load it with:\n"
+        f"Done in {time.monotonic() - started:.0f} s. The smaller model is in [bold]{out / 'recovered'}[/bold]; load it with:\n"
     )
-    console.print(_three_lines(recovered.folder), highlight=False, soft_wrap=True)
+    console.print(_three_lines(out / "recovered"), highlight=False, soft_wrap=True)
 
 
 def _stale(folder: Path) -> bool:

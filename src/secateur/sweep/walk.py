@@ -221,7 +221,7 @@ class Sweep:
                     logits_TV = logits(ids_T[None], hidden_1TD)[0, :-1]
                     loss = F.cross_entropy(logits_TV, ids_T[1:])
                     (gradient_1TD,) = torch.autograd.grad(loss, hidden_1TD)
-                    losses.append(float(loss))
+                    losses.append(loss.item())
                     gradients.append(gradient_1TD)
                 store.put((count, batch), torch.cat(gradients))
                 advance()
