@@ -1,6 +1,7 @@
 """Masks over single weights. A mask is boolean, of the weight's shape ``(O, I)``, True where a weight is kept.
 
-Counts are exact; of equal scores the one with the lower index leaves first, as a stable sort gives (methods §2.1).
+Counts are exact; of equal scores the one with the lower index leaves first, as a stable sort gives (methods §2.1), except
+under N:M, where ties fall as in the published codes' ``topk``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ def n_of_m_mask(score_OI: torch.Tensor, keep: int, group: int, name: str) -> tor
         raise RecipeError(
             f"{keep}:{group} needs widths that {group} divides, but '{name}' has {inputs} inputs; choose another M"
         )
-    return _without_lowest(score_OI.reshape(-1, group), group - keep).reshape(rows, inputs)
+    score_GM = score_OI.reshape(-1, group)
+    # Not the stable sort: of equal scores the published codes take what topk takes, and under pruned propagation a
+    # handful of ties decided otherwise moves the masks of all later blocks.
+    lowest_GL = torch.topk(score_GM, group - keep, dim=1, largest=False).indices
+    return torch.ones_like(score_GM, dtype=torch.bool).scatter_(1, lowest_GL, False).reshape(rows, inputs)
 
 
 def threshold_mask(score_OI: torch.Tensor, threshold: float, ties: int) -> tuple[torch.Tensor, int]:
