@@ -1,11 +1,24 @@
 """What must be removed together: units found by tracing, and how they are cut out."""
 
-from secateur.structure.cutting import cut_shapes, cut_tensors, kept_indices, mask_tensors
+from secateur.structure.cutting import ModelCut, cut_shapes, cut_tensors, kept_indices, mask_tensors
 from secateur.structure.trace import find_all_units, find_units
-from secateur.structure.units import Member, Refusal, Structure, UnitGroup, parameters_per_unit
+from secateur.structure.units import (
+    OUTSIDE,
+    Argument,
+    Member,
+    Norm,
+    Refusal,
+    Structure,
+    UnitGroup,
+    parameters_per_unit,
+)
 
 __all__ = [
+    "OUTSIDE",
+    "Argument",
+    "ModelCut",
     "Member",
+    "Norm",
     "Refusal",
     "Structure",
     "UnitGroup",

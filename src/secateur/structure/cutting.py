@@ -8,6 +8,7 @@ All names are names inside the block.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -19,6 +20,47 @@ from secateur.structure.units import UnitGroup
 
 T = TypeVar("T")
 Removal = tuple[UnitGroup, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class ModelCut:
+    """What leaves a whole model.
+
+    Attributes:
+        blocks: for every block of the dense model, what leaves it.
+        outside: what leaves the parameters outside the blocks (``hidden`` units); names are names inside the model.
+        dropped: dense numbers of the blocks that leave as a whole.
+    """
+
+    blocks: tuple[Sequence[Removal], ...]
+    outside: Sequence[Removal] = ()
+    dropped: tuple[int, ...] = ()
+
+    def kept(self) -> list[int]:
+        """Dense numbers of the blocks that stay; their place in this list is their new number."""
+        return [index for index in range(len(self.blocks)) if index not in self.dropped]
+
+    def new_name(self, name: str, blocks_name: str) -> str | None:
+        """The name a tensor of the dense model has after the cut; None if it leaves with its block."""
+        inside = blocks_name + "."
+        if not name.startswith(inside):
+            return name
+        number, _, rest = name.removeprefix(inside).partition(".")
+        if int(number) in self.dropped:
+            return None
+        return f"{inside}{self.kept().index(int(number))}.{rest}"
+
+    def shapes(self, dense: Mapping[str, Sequence[int]], blocks_name: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors after the cut by their new names; ``dense`` has all of the dense model's by full name."""
+        inside = blocks_name + "."
+        own = {name: shape for name, shape in dense.items() if not name.startswith(inside)}
+        after = cut_shapes(own, self.outside)
+        for new, old in enumerate(self.kept()):
+            prefix = f"{inside}{old}."
+            block = {name.removeprefix(prefix): shape for name, shape in dense.items() if name.startswith(prefix)}
+            after |= {f"{inside}{new}.{name}": shape for name, shape in cut_shapes(block, self.blocks[old]).items()}
+        order = [self.new_name(name, blocks_name) for name in dense]
+        return {name: after[name] for name in order if name is not None}
 
 
 def kept_indices(

@@ -10,7 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Role = Literal["producer", "consumer"]
+Role = Literal["producer", "consumer", "choice"]
+
+OUTSIDE = -1
+"""The block number of groups that stand outside the blocks: embeddings, final norm and head; and whole blocks."""
 
 
 @dataclass(frozen=True)
@@ -22,22 +25,50 @@ class Member:
     group, a fused projection) is laid out repeat-major: reshape to (U, repeats, smallest C).
     """
 
-    parameter: str  # name inside the block
+    parameter: str  # name inside the block (of a group outside the blocks: inside the model)
     dim: int  # the dimension that is cut
-    role: Role  # consumer: zeroing these indices in the dense model is exactly removal
+    # consumer: zeroing these indices in the dense model is exactly removal. choice: what a router chooses by; removal
+    # makes its product (of a bias: its entry) minus infinity.
+    role: Role
     index_UC: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class UnitGroup:
-    """Like units of one block, found together: its heads, its query heads or its MLP channels."""
+class Norm:
+    """A module whose statistics run over the units: masked out, they are taken over those that stay."""
 
-    kind: str  # "head" | "query" | "channel"
+    module: str  # inside the block; its input and output have the same last dimension
+    index_UC: NDArray[np.int64]  # what each unit owns of that dimension
+
+
+@dataclass(frozen=True)
+class Argument:
+    """A tensor without parameters that has an entry for each unit, such as ALiBi slopes: it is cut where it enters."""
+
+    path: str  # keyword or number of the block's argument, or "buffer:NAME" inside the block
+    dim: int
+    period: int  # the dimension is a repetition (over the batch) of this many entries
+    index_UC: NDArray[np.int64]  # what each unit owns of one period
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Like units found together: the heads of a block, its channels; all hidden channels; all blocks.
+
+    ``hidden`` units span the model: one group for each block and one outside the blocks (``block`` is ``OUTSIDE``) have
+    the same count, and the same units leave from all of them. ``block`` units are one group without members, outside;
+    unit i is block i.
+    """
+
+    kind: str  # "head" | "query" | "channel" | "expert" | "hidden" | "block"
     block: int
     module: str  # deepest module inside the block that holds all members; "" is the block itself
     count: int  # U
     families: int  # query: the KV groups, each of count / families consecutive units; the same number leaves each
     members: tuple[Member, ...]  # in execution order
+    norms: tuple[Norm, ...] = ()
+    arguments: tuple[Argument, ...] = ()
+    minimum: int = 1  # how many units have to stay in every family: experts that a token needs
 
 
 @dataclass(frozen=True)
