@@ -29,7 +29,13 @@ def weightless(config: PreTrainedConfig) -> nn.Module:
 
 def find(config: PreTrainedConfig) -> Structure:
     model = weightless(config)
-    return find_all_units(model, blocks_name(model))
+    return inside_blocks(find_all_units(model, blocks_name(model)))
+
+
+def inside_blocks(structure: Structure) -> Structure:
+    """Only the units that live in one block."""
+    units = [group for group in structure.units if group.kind not in ("hidden", "block")]
+    return Structure(units, [refusal for refusal in structure.refused if refusal.kind != "hidden"])
 
 
 def random_model(config: PreTrainedConfig) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from proving import find, weightless
+from proving import find, inside_blocks, weightless
 from torch import nn
 from transformers import (
     BloomConfig,
@@ -87,7 +87,7 @@ def test_what_zeroing_would_not_be_removal_for_is_refused(
         result = function(states)
         return result if result.shape == states.shape else states
 
-    structure = find_all_units(with_activation(padded), "model.layers")
+    structure = inside_blocks(find_all_units(with_activation(padded), "model.layers"))
     assert {group.kind for group in structure.units} == {"head", "query"}
     if "mixes" not in words:  # attention features are no channels at all, so nothing is refused
         assert [refusal.kind for refusal in structure.refused] == ["channel", "channel"]

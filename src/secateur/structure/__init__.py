@@ -1,6 +1,7 @@
 """What must be removed together: units found by tracing, and how they are cut out."""
 
 from secateur.structure.cutting import ModelCut, cut_shapes, cut_tensors, kept_indices, mask_tensors
+from secateur.structure.masking import masked_out, masked_out_of
 from secateur.structure.trace import find_all_units, find_units
 from secateur.structure.units import (
     OUTSIDE,
@@ -16,8 +17,8 @@ from secateur.structure.units import (
 __all__ = [
     "OUTSIDE",
     "Argument",
-    "ModelCut",
     "Member",
+    "ModelCut",
     "Norm",
     "Refusal",
     "Structure",
@@ -28,5 +29,7 @@ __all__ = [
     "find_units",
     "kept_indices",
     "mask_tensors",
+    "masked_out",
+    "masked_out_of",
     "parameters_per_unit",
 ]

@@ -35,6 +35,17 @@ class LabelTable:
         self._count = 1  # label 0 is neutral
         self._factors: dict[int, tuple[int, ...]] = {}  # root of a product -> its factors, outermost first
         self._products: dict[tuple[int, ...], int] = {}
+        self._blank: set[int] = set()
+
+    def blank(self, size: int) -> LabelArray:
+        """Return ``size`` new labels that become whatever they are tied to first, neutral included."""
+        labels = self.fresh(size)
+        self._blank.update(labels.tolist())
+        return labels
+
+    def settled(self, labels: LabelArray) -> LabelArray:
+        """Return ``labels`` with those that have become neutral as such."""
+        return np.where(self.find(labels) == NEUTRAL, NEUTRAL, labels) if self._blank else labels
 
     def fresh(self, size: int) -> LabelArray:
         """Return ``size`` new atoms."""
@@ -84,6 +95,11 @@ class LabelTable:
             return neutral(0)
         roots_left, roots_right = roots_left[different], roots_right[different]
         fixed = (roots_left == NEUTRAL) | (roots_right == NEUTRAL)
+        if self._blank and fixed.any():
+            met = np.maximum(roots_left, roots_right)
+            becomes = fixed & np.array([label in self._blank for label in met.tolist()])
+            self._parents[met[becomes]] = NEUTRAL
+            roots_left, roots_right, fixed = roots_left[~becomes], roots_right[~becomes], fixed[~becomes]
         for one, other in zip(roots_left[~fixed].tolist(), roots_right[~fixed].tolist(), strict=True):
             self._unify(one, other)
         return np.maximum(roots_left[fixed], roots_right[fixed])
@@ -192,12 +208,19 @@ class LabelTable:
         left, right = self._root(left), self._root(right)
         if left == right:
             return
+        if right in self._blank or left in self._blank:
+            blank, other = (right, left) if right in self._blank else (left, right)
+            self._parents[blank] = other
+            return
         left_factors, right_factors = self._factors.get(left), self._factors.get(right)
         if left_factors is None or right_factors is None:
             if left_factors is None and right_factors is None:
                 self._parents[right] = left
                 return
             atom, product = (left, right) if left_factors is None else (right, left)
+            if self.atoms(product) == (atom,):  # its other factors have become neutral
+                self._parents[product] = atom
+                return
             if atom in self.atoms(product):
                 raise StructureError("an index is tied to a product of itself")
             self._parents[atom] = product

@@ -26,6 +26,8 @@ class Call:
         self.outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self.name = str(function)
         self.labels = tracer.trace.labels
+        self.values: LabelArray | None = None  # set by rules whose output is a tensor of indices
+        self.gives_weight: bool | None = None  # set by rules that know better than "all it was made from are weights"
 
     @property
     def output(self) -> Tensor:
@@ -46,7 +48,18 @@ class Call:
     def axes(self, tensor: Tensor) -> list[LabelArray]:
         """Return the labels of each dimension; a constant's are neutral."""
         tracked = self._tracer.lookup(tensor)
-        return tracked.labels if tracked else [neutral(size) for size in tensor.shape]
+        if tracked is None:
+            return [neutral(size) for size in tensor.shape]
+        return [self.labels.settled(labels) for labels in tracked.labels]
+
+    def values_of(self, tensor: Tensor) -> LabelArray | None:
+        """Return the labels that a tensor of indices chooses among, if it is known to be one."""
+        tracked = self._tracer.lookup(tensor)
+        return tracked.values if tracked else None
+
+    def is_weight(self, tensor: Tensor) -> bool:
+        tracked = self._tracer.lookup(tensor)
+        return tracked is not None and tracked.is_weight
 
     def is_uniform(self, tensor: Tensor, dim: int) -> bool:
         """Whether a constant is the same along ``dim`` (it was expanded), so that it ties nothing."""
@@ -59,17 +72,17 @@ class Call:
         literal = self._tracer.literal_index
         return np.array(literal) if literal is not None and len(literal) == len(tensor) else None
 
-    def mark(self, kind: str, labels: LabelArray, what: str = "") -> None:
+    def mark(self, kind: str, labels: LabelArray, what: str = "", amount: int = 0) -> None:
         if labels.any():
             reason = f"{self._tracer.place} {what} {{}} ({self.name})"
-            self._tracer.trace.marks.append(Mark(kind, labels[labels != 0], reason))
+            self._tracer.trace.marks.append(Mark(kind, labels[labels != 0], reason, self._tracer.place, amount))
 
     def tie(self, left: LabelArray, right: LabelArray) -> None:
         fixed = self.labels.tie(left, right)
         self.mark("constant", fixed, "has a constant with an entry for each of")
 
     def broadcast(self, size: int) -> LabelArray:
-        fresh = self.labels.fresh(size)
+        fresh = self.labels.blank(size)
         self.mark("broadcast", fresh)
         return fresh
 
@@ -98,7 +111,7 @@ class Call:
             self.mark("produced", axes[free])
             self.mark("consumed", axes[contracted])
             reshaped = axes[contracted].max(initial=0) >= self._tracer.first_derived
-            if reshaped or any(labels.any() for labels in batch):
+            if reshaped or any(labels.any() for labels in axes[:-2]):
                 for labels in axes:
                     self.mark("packed", labels, "uses stacked or reshaped weights for")
         else:

@@ -48,20 +48,24 @@ def run_without_weights(
             part.training = mode
 
 
+TRACEABLE = {"_attn_implementation_internal": "eager", "_experts_implementation_internal": "batched_mm"}
+"""A fused attention kernel would hide what it ties; experts in a loop are control flow on data."""
+
+
 @contextmanager
-def eager_attention(model: nn.Module) -> Iterator[None]:
-    """Set every config of the model to eager attention: a fused kernel would hide what it ties."""
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Let every config of the model ask for the implementations that can be traced, while the context lasts."""
     configs = {id(config): config for part in model.modules() if (config := getattr(part, "config", None))}
-    before = {
-        key: config._attn_implementation for key, config in configs.items() if hasattr(config, "_attn_implementation")
-    }
+    before = [
+        (config, name, vars(config)[name]) for config in configs.values() for name in TRACEABLE if name in vars(config)
+    ]
     try:
-        for key in before:
-            configs[key]._attn_implementation = "eager"
+        for config, name, _ in before:
+            setattr(config, name, TRACEABLE[name])
         yield
     finally:
-        for key, implementation in before.items():
-            configs[key]._attn_implementation = implementation
+        for config, name, value in before:
+            setattr(config, name, value)
 
 
 def capture_calls(
@@ -86,7 +90,7 @@ def capture_calls(
         for handle in handles:
             handle.remove()
     raise StructureError(
-        f"{type(model).__name__} cannot be run on token ids without weights ({why}); its structure cannot be traced, "
+        f"{type(model).__name__} cannot be run without weights on {' and '.join(inputs)} ({why}); its structure cannot be traced, "
         "so it cannot be pruned by structure (weights can still be masked)"
     )
 
@@ -145,6 +149,17 @@ def ways_to_call(model: nn.Module) -> Iterator[dict[str, Any]]:
     known = inspect.signature(model.forward).parameters
     open_ended = any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
     dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), None)
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "pixel_values":
+        config: Any = model.config
+        height, width = config.image_size if isinstance(config.image_size, list | tuple) else (config.image_size,) * 2
+        yield {main: torch.zeros(BATCH, config.num_channels, height, width, dtype=dtype, device="meta")}
+        return
+    if main != "input_ids":
+        raise StructureError(
+            f"{type(model).__name__} runs on {main}, not on token ids or pixels, so its structure cannot be traced; "
+            "it cannot be pruned by structure (weights can still be masked)"
+        )
     with torch.device("meta"):
         input_ids = torch.zeros(BATCH, TOKENS, dtype=torch.long)
         position_ids = torch.zeros(BATCH, TOKENS, dtype=torch.long)

@@ -131,6 +131,12 @@ def expand(call: Call) -> Axes:
     return [axis if len(axis) == size else call.broadcast(size) for axis, size in zip(axes, shape, strict=True)]
 
 
+@rule("new_empty", "new_zeros", "new_ones", "new_full")
+def blank(call: Call) -> Axes:
+    """A new tensor to be written into: labels of its own, tied by what is written."""
+    return [call.labels.blank(size) if size > 1 else neutral(1) for size in call.output.shape]
+
+
 @rule("repeat")
 def repeat(call: Call) -> Axes:
     source: Tensor = call["self"]
@@ -231,7 +237,69 @@ def index(call: Call) -> Axes:
             return axes
         if not axes[dim].any():
             return [*axes[:dim], neutral(call.output.shape[dim]), *axes[dim + 1 :]]
+        chosen = call.values_of(call["indices"][dim])
+        if chosen is not None:
+            return _picked(call, axes, dim, chosen)
     raise StructureError("it picks indices that are not known while tracing")
+
+
+def _picked(call: Call, axes: Axes, dim: int, chosen: LabelArray) -> Axes:
+    """Take the entries of a weight that a router chose: entry and choice leave together."""
+    call.mark("picked", axes[dim])
+    call.tie(axes[dim], chosen)
+    call.gives_weight = call.is_weight(call["self"])
+    return [*axes[:dim], neutral(call.output.shape[dim]), *axes[dim + 1 :]]
+
+
+# --- choices -----------------------------------------------------------------------------------------------------
+
+
+@rule("topk")
+def topk(call: Call) -> list[Axes]:
+    """Choose the best of a dimension: the choice has no labels left, and its indices know among what they choose."""
+    axes = list(call.axes(call["self"]))
+    dim = call.get("dim", -1) % len(axes)
+    call.mark("chosen", axes[dim], "chooses among", call["k"])
+    call.values = axes[dim]
+    axes[dim] = neutral(call["k"])
+    return [axes, axes]
+
+
+@rule("gather")
+def gather(call: Call) -> Axes:
+    """Read the values at chosen indices; they have to be indices into this very dimension."""
+    axes, at = list(call.axes(call["self"])), call["index"]
+    dim = call["dim"] % len(axes)
+    chosen = call.values_of(at)
+    if axes[dim].any():
+        if chosen is None or len(chosen) != len(axes[dim]):
+            raise StructureError("it reads at indices that are not known while tracing")
+        call.tie(axes[dim], chosen)
+    return [*axes[:dim], neutral(at.shape[dim]), *axes[dim + 1 :]]
+
+
+@rule("scatter_", "scatter")
+def scatter(call: Call) -> Axes:
+    """Write at chosen indices into a dimension, which thereby stands for what was chosen from."""
+    axes = list(call.axes(call["self"]))
+    dim = call["dim"] % len(axes)
+    chosen = call.values_of(call["index"])
+    if chosen is None or len(chosen) != len(axes[dim]):
+        raise StructureError("it writes to indices that are not known while tracing")
+    if axes[dim].any():
+        call.tie(axes[dim], chosen)
+    axes[dim] = chosen
+    return axes
+
+
+@rule("embedding")
+def embedding(call: Call) -> Axes:
+    """Look rows of a table up by tokens or positions: the rows stay, whatever leaves."""
+    rows, features = call.axes(call["weight"])
+    call.mark("frozen", rows, "looks up rows by")
+    call.mark("produced", features)
+    call.gives_weight = False
+    return [*[neutral(size) for size in call["indices"].shape], features]
 
 
 # --- contractions ------------------------------------------------------------------------------------------------
@@ -260,6 +328,22 @@ def _added(call: Call, axes: Axes) -> Axes:
     return axes
 
 
+@rule("convolution")
+def convolution(call: Call) -> Axes:
+    """A convolution over positions: channels are contracted and produced, positions stay neutral."""
+    source, weight, bias = call["input"], call["weight"], call["bias"]
+    if call["groups"] != 1 or call["transposed"]:
+        raise StructureError("grouped and transposed convolutions have no rule")
+    axes, (out, into, *_) = call.axes(source), call.axes(weight)
+    call.tie(axes[1], into)
+    call.mark("produced", out)
+    call.mark("consumed", into)
+    if bias is not None:
+        call.tie(call.axes(bias)[0], out)
+    call.gives_weight = False
+    return [axes[0], out, *[neutral(size) for size in call.output.shape[2:]]]
+
+
 # --- reductions --------------------------------------------------------------------------------------------------
 
 
@@ -278,10 +362,30 @@ def reduce(call: Call) -> Axes:
     return [axis for dim, axis in enumerate(axes) if dim not in gone]
 
 
+@rule("max", "min")
+def extreme(call: Call) -> Any:
+    """The largest along a dimension, and where it stands."""
+    axes = reduce(call)
+    return [axes, axes] if "dim" in call else axes
+
+
+@rule("view_as_complex")
+def as_complex(call: Call) -> Axes:
+    """Take pairs for complex numbers (rotary): the two of a pair stay together."""
+    *axes, pair = call.axes(call["self"])
+    call.mark("frozen", pair, "takes pairs of")
+    return axes
+
+
+@rule("view_as_real")
+def as_real(call: Call) -> Axes:
+    return [*call.axes(call["self"]), neutral(2)]
+
+
 @rule("_softmax", "_log_softmax", "cumsum")
 def normalise(call: Call) -> Axes:
     axes = call.axes(call["self"])
-    call.mark("reduced", axes[call["dim"] % len(axes)], "normalises over")
+    call.mark("normalised", axes[call["dim"] % len(axes)], "normalises over")
     return axes
 
 

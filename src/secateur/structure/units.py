@@ -79,6 +79,7 @@ class Refusal:
     block: int
     module: str
     reason: str
+    obstacles: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""Hidden channels: the residual stream, which every block, every norm, the embeddings and the head share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from secateur.errors import StructureError
+from secateur.structure.axes import LabelArray
+from secateur.structure.grouping import OBSTACLES
+from secateur.structure.record import Trace
+from secateur.structure.units import OUTSIDE, Member, Norm, Role, UnitGroup
+
+
+def hidden_units(outside: Trace, blocks: Sequence[Trace]) -> list[UnitGroup]:
+    """Return the part of the hidden channels in every block, and the part outside.
+
+    Raises:
+        StructureError: something is tied to single channels, or works on them in an order; the sentence says what.
+    """
+    groups = [_group(trace, number) for number, trace in enumerate(blocks)]
+    groups.append(_group(outside, OUTSIDE))
+    if len({group.count for group in groups}) != 1:
+        raise StructureError("the blocks have residual streams of different widths")
+    return groups
+
+
+def _group(trace: Trace, block: int) -> UnitGroup:
+    hidden = trace.labels.find(trace.hidden)
+    if len(hidden) < 2:
+        raise StructureError("what a block returns is not what it was given plus something")
+    if len(np.unique(hidden)) != len(hidden) or any(trace.labels.is_product(root) for root in hidden.tolist()):
+        raise StructureError(
+            "the residual stream is seen as several dimensions, or its channels are tied to each other"
+        )
+    _refuse_obstacles(trace, set(hidden.tolist()))
+    channel = {root: number for number, root in enumerate(hidden.tolist())}
+    members: list[Member] = []
+    for name in trace.used:
+        for dim, labels in enumerate(trace.parameters[name]):
+            index_UC = _owned(trace, labels, channel, f"dimension {dim} of {name}")
+            if index_UC is not None:
+                members.append(Member(name, dim, _role(trace, labels), index_UC))
+    norms = []
+    for name in sorted({mark.module for mark in trace.marks if mark.kind == "reduced"} & trace.norms.keys()):
+        index_UC = _owned(trace, trace.norms[name], channel, name)
+        if index_UC is not None:
+            norms.append(Norm(name, index_UC))
+    return UnitGroup("hidden", block, "", len(hidden), 1, tuple(members), tuple(norms))
+
+
+def _refuse_obstacles(trace: Trace, hidden: set[int]) -> None:
+    for mark in trace.marks:
+        if mark.kind not in (*OBSTACLES, "batched") or (mark.kind == "reduced" and mark.module in trace.norms):
+            continue
+        if hidden & trace.labels.all_atoms(mark.labels):
+            raise StructureError(mark.reason.format("the hidden channels"))
+
+
+def _role(trace: Trace, labels: LabelArray) -> Role:
+    own = set(labels.tolist())
+    return (
+        "consumer"
+        if any(mark.kind == "consumed" and own & set(mark.labels.tolist()) for mark in trace.marks)
+        else "producer"
+    )
+
+
+def _owned(trace: Trace, labels: LabelArray, channel: dict[int, int], where: str) -> LabelArray | None:
+    """For every channel the indices of this dimension that belong to it, or None if none does."""
+    owners = [channel.get(root, -1) for root in trace.labels.find(labels).tolist()]
+    if max(owners, default=-1) < 0:
+        return None
+    index = [[] for _ in channel]  # type: list[list[int]]
+    for place, owner in enumerate(owners):
+        if owner < 0:
+            raise StructureError(f"only a part of {where} belongs to the residual stream")
+        index[owner].append(place)
+    if len({len(own) for own in index}) != 1:
+        raise StructureError(f"{where} belongs to the channels of the residual stream in unequal parts")
+    return np.array(index, dtype=np.int64)
