@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from secateur.checkpoint.architecture import loader_for
 from secateur.checkpoint.skeleton import is_uneven, load_config
 from secateur.checkpoint.uneven import PrunedForCausalLM
 from secateur.errors import ModelError, reason_of
@@ -23,11 +24,9 @@ def load(folder: str | Path, dtype: Any = torch.float32, **kwargs: Any) -> Any:
     Raises:
         ModelError: the folder does not load.
     """
-    from transformers import AutoModelForCausalLM
-
     folder = Path(folder)
     config = load_config(folder, trust_remote_code=bool(kwargs.get("trust_remote_code")))
-    loader: Any = PrunedForCausalLM if is_uneven(config) else AutoModelForCausalLM
+    loader: Any = PrunedForCausalLM if is_uneven(config) else loader_for(config)
     try:
         return loader.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **kwargs

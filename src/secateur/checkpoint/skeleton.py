@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from secateur.checkpoint.architecture import is_causal, loader_for
 from secateur.checkpoint.uneven import PrunedForCausalLM, largest_module_list
 from secateur.console import quiet_libraries
 from secateur.errors import ModelError, StructureError, reason_of
@@ -37,6 +38,11 @@ class Skeleton:
     @property
     def config(self) -> Any:
         return self.model.config
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it is a causal language model: what calibration and perplexity are defined for."""
+        return is_uneven(self.config) or is_causal(self.config)
 
     def block_prefix(self, index: int) -> str:
         """The name before a block's parameters, for example ``model.layers.3.``"""
@@ -112,25 +118,23 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:
     """Build the model that ``config`` describes without memory for its weights.
 
     Raises:
-        ModelError: transformers cannot build a causal language model from it.
+        ModelError: transformers cannot build a model from it.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
+    loader = PrunedForCausalLM if is_uneven(config) else loader_for(config)
     try:
         # Buffers stay real: rotary frequencies are computed, not stored. Without initialisation their cost is small.
         with no_init_weights(), init_empty_weights(include_buffers=False):
-            if is_uneven(config):
-                model = PrunedForCausalLM._from_config(config, dtype=torch.float32)
+            if hasattr(loader, "from_config"):
+                model = loader.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
             else:
-                model = AutoModelForCausalLM.from_config(
-                    config, dtype=torch.float32, trust_remote_code=trust_remote_code
-                )
+                model = loader._from_config(config, dtype=torch.float32)
     except Exception as error:
         reason = reason_of(error)
         raise ModelError(
-            f"transformers cannot build a language model from config.json ({reason}); mend the field it names, or give another model"
+            f"transformers cannot build the model from config.json ({reason}); mend the field it names, or give another model"
         ) from error
     model.eval()
     model.tie_weights()  # replacing parameters by weightless ones has undone the ties

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from secateur.checkpoint.architecture import ModelInputs, loader_for, named_inputs
+from secateur.checkpoint.skeleton import load_config
 from secateur.errors import OutputError
 
 TOLERANCE = 1e-3
@@ -20,34 +22,37 @@ a wrong index or a wrong config changes logits by their own size."""
 PLAIN_LOADER = """
 import sys, warnings
 warnings.filterwarnings("ignore")
-import torch
+import torch, transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 logging.set_verbosity_error(); logging.disable_progress_bar()
-folder, tokens, result, remote = sys.argv[1:]
-model, report = AutoModelForCausalLM.from_pretrained(
+folder, loader, inputs, result, remote = sys.argv[1:]
+model, report = getattr(transformers, loader).from_pretrained(
     folder, dtype=torch.float32, local_files_only=True, trust_remote_code=remote == "yes", output_loading_info=True)
 wrong = [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)]
 if wrong:
     sys.exit(f"{wrong[0]}: {list(report[wrong[0]])[:3]}")
 with torch.no_grad():
-    logits = model.eval()(input_ids=load_file(tokens)["input_ids"], use_cache=False).logits
+    logits = model.eval()(**load_file(inputs)).logits
 save_file({"logits": logits.float().contiguous()}, result)
 """
 
 
-def fresh_logits(folder: Path, ids_BT: torch.Tensor, remote_code: bool) -> torch.Tensor:
-    """Logits ``(B, T, V)`` of the folder, loaded with plain transformers in a process that does not know Secateur.
+def fresh_logits(folder: Path, inputs: torch.Tensor | ModelInputs, remote_code: bool) -> torch.Tensor:
+    """Logits of the folder, loaded with plain transformers in a process that does not know Secateur.
+
+    Args:
+        inputs: token ids ``(B, T)``, or the model's inputs by name.
 
     Raises:
         OutputError: the folder does not load.
     """
+    loader = loader_for(load_config(folder, remote_code)).__name__
     with tempfile.TemporaryDirectory() as scratch:
-        tokens, result = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
-        save_file({"input_ids": ids_BT.contiguous()}, tokens)
+        given, result = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in named_inputs(inputs).items()}, given)
         remote = "yes" if remote_code else "no"
-        command = [sys.executable, "-c", PLAIN_LOADER, str(folder.resolve()), str(tokens), str(result), remote]
+        command = [sys.executable, "-c", PLAIN_LOADER, str(folder.resolve()), loader, str(given), str(result), remote]
         # Remote code is imported through a cache of modules; a private one leaves the user's as it is.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
         finished = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)

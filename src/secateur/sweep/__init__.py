@@ -1,5 +1,5 @@
 """The walk over the decoder blocks, one block in memory: forward, and backward for exact gradients."""
 
-from secateur.sweep.walk import BlockStatistics, Sweep, SweepSettings
+from secateur.sweep.walk import BlockStatistics, Sweep, SweepSettings, require_causal
 
-__all__ = ["BlockStatistics", "Sweep", "SweepSettings"]
+__all__ = ["BlockStatistics", "Sweep", "SweepSettings", "require_causal"]

@@ -6,7 +6,7 @@ being known by name, and soft caps and scales after the head stay right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from secateur.checkpoint.architecture import ModelInputs, call_model
 from secateur.checkpoint.reader import Checkpoint
-from secateur.checkpoint.residency import resident_block, resident_outer
+from secateur.checkpoint.residency import OuterChange, resident_block, resident_outer
 from secateur.checkpoint.skeleton import Skeleton
 from secateur.errors import ModelError
 
@@ -31,7 +32,7 @@ class BlockCalls:
 
     Attributes:
         arguments: for each block, for each micro-batch, what came beside the hidden states.
-        returns_tuple: whether a block returns a tuple whose first item is the hidden states.
+        returns_tuple: whether the model expects a tuple of a block, whose first item is the hidden states.
     """
 
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
@@ -43,8 +44,8 @@ class BlockCalls:
         args, kwargs = self.arguments[index][batch]
         out = block(x_BTD, *args, **kwargs)
         hidden = out[0] if isinstance(out, tuple) else out
-        if isinstance(out, tuple) != self.returns_tuple or hidden.shape != x_BTD.shape:
-            raise ModelError(f"block {index} does not return hidden states as block 0 does; this model cannot be swept")
+        if hidden.shape != x_BTD.shape:
+            raise ModelError(f"block {index} does not return hidden states as it was given; this model cannot be swept")
         return hidden
 
     def record(self, index: int, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
@@ -65,7 +66,10 @@ class BlockCalls:
 
 @contextmanager
 def _blocks_replaced(skeleton: Skeleton, forward: Callable[..., Any]) -> Iterator[None]:
-    """While the context lasts every block's forward is ``forward(index, hidden, args, kwargs)``; attributes stay."""
+    """While the context lasts every block's forward is ``forward(index, hidden, args, kwargs)``; attributes stay.
+
+    A forward that was patched before (a block made the identity) is back afterwards.
+    """
 
     def bound(index: int) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -75,19 +79,28 @@ def _blocks_replaced(skeleton: Skeleton, forward: Callable[..., Any]) -> Iterato
 
         return call
 
+    before = [block.__dict__.get("forward") for block in skeleton.blocks]
     try:
         for index, block in enumerate(skeleton.blocks):
             block.forward = bound(index)
         yield
     finally:
-        for block in skeleton.blocks:
-            block.__dict__.pop("forward", None)
+        for block, patched in zip(skeleton.blocks, before, strict=True):
+            del block.__dict__["forward"]
+            if patched is not None:
+                block.forward = patched
 
 
-def enter(checkpoint: Checkpoint, batches: list[torch.Tensor], take: Callable[[int, torch.Tensor], None]) -> BlockCalls:
-    """Run what precedes the blocks on every micro-batch of token ids ``(B, T)``.
+def enter(
+    checkpoint: Checkpoint,
+    batches: Sequence[ModelInputs],
+    take: Callable[[int, torch.Tensor], None],
+    change: OuterChange | None = None,
+) -> BlockCalls:
+    """Run what precedes the blocks on every micro-batch of inputs.
 
     Args:
+        change: what becomes of the tensors outside the blocks.
         take: called with each micro-batch's number and the hidden states ``(B, T, D)`` that enter block 0.
 
     Returns:
@@ -108,10 +121,10 @@ def enter(checkpoint: Checkpoint, batches: list[torch.Tensor], take: Callable[[i
             raise _LastBlockReached
         return (hidden,) if calls.returns_tuple else hidden
 
-    with torch.no_grad(), resident_outer(checkpoint) as model, _blocks_replaced(skeleton, pass_through):
-        for ids_BT in batches:
+    with torch.no_grad(), resident_outer(checkpoint, change) as model, _blocks_replaced(skeleton, pass_through):
+        for inputs in batches:
             try:
-                model(input_ids=ids_BT, use_cache=False)
+                call_model(model, inputs)
             except _LastBlockReached:
                 continue
             raise ModelError(f"the forward of {type(model).__name__} does not run through its last block")
@@ -119,19 +132,16 @@ def enter(checkpoint: Checkpoint, batches: list[torch.Tensor], take: Callable[[i
 
 
 def _returns_tuple(checkpoint: Checkpoint, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Ask block 0 itself what it returns, by running it once with its weights."""
-    block = checkpoint.skeleton.blocks[0]
-    passing = block.__dict__.pop("forward")
-    try:
-        with resident_block(checkpoint, 0):
-            return isinstance(block(hidden, *args, **kwargs), tuple)
-    finally:
-        block.forward = passing
+    """Ask block 0's class what it returns, by running it once with its weights: the block itself is patched now."""
+    with resident_block(checkpoint, 0) as block:
+        return isinstance(type(block).forward(block, hidden, *args, **kwargs), tuple)
 
 
 @contextmanager
-def head(checkpoint: Checkpoint, calls: BlockCalls) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-    """What follows the blocks, as a function from (token ids ``(B, T)``, hidden states ``(B, T, D)``) to logits."""
+def head(
+    checkpoint: Checkpoint, calls: BlockCalls, change: OuterChange | None = None
+) -> Iterator[Callable[[ModelInputs, torch.Tensor], torch.Tensor]]:
+    """What follows the blocks, as a function from (inputs, hidden states ``(B, T, D)``) to logits."""
     skeleton = checkpoint.skeleton
     last = len(skeleton.blocks) - 1
     current: list[torch.Tensor] = []
@@ -140,12 +150,12 @@ def head(checkpoint: Checkpoint, calls: BlockCalls) -> Iterator[Callable[[torch.
         hidden = current[0] if index == last else hidden
         return (hidden,) if calls.returns_tuple else hidden
 
-    with resident_outer(checkpoint) as model, _blocks_replaced(skeleton, pass_through):
+    with resident_outer(checkpoint, change) as model, _blocks_replaced(skeleton, pass_through):
 
-        def logits(ids_BT: torch.Tensor, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        def logits(inputs: ModelInputs, hidden_BTD: torch.Tensor) -> torch.Tensor:
             current[:] = [hidden_BTD]
             try:
-                return model(input_ids=ids_BT, use_cache=False).logits.float()
+                return call_model(model, inputs).logits.float()
             finally:
                 current.clear()
 

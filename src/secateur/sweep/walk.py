@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from secateur.checkpoint.architecture import named_inputs
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import resident_block
 from secateur.console import progress
@@ -73,7 +74,11 @@ class Sweep:
         self.checkpoint = checkpoint
         self.settings = settings
         self.loss: float | None = None
+        require_causal(checkpoint)
         self._batches = list(ids_NT.split(settings.micro_batch))
+
+    def _inputs(self) -> list[dict[str, torch.Tensor]]:
+        return [named_inputs(ids_BT) for ids_BT in self._batches]
 
     def dense(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
         """Gather statistics of the dense model and visit each block of ``blocks`` once.
@@ -99,7 +104,7 @@ class Sweep:
     def _forward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, pruned: bool) -> None:
         store = BoundaryStore(self.settings.memory, self.settings.scratch)
         with full_disk_is_an_error(self.settings.scratch), progress("Sweeping the blocks", blocks.stop) as advance:
-            calls = enter(self.checkpoint, self._batches, lambda batch, x_BTD: store.put((0, batch), x_BTD))
+            calls = enter(self.checkpoint, self._inputs(), lambda batch, x_BTD: store.put((0, batch), x_BTD))
             for index in range(blocks.stop):  # what follows the last block asked for is never run
                 with resident_block(self.checkpoint, index) as block:
                     self._forward_block(index, block, calls, store, needs, blocks, visit, pruned)
@@ -144,7 +149,7 @@ class Sweep:
         store = BoundaryStore(self.settings.memory, self.settings.scratch)
         kept: dict[tuple[int, int], _Kept] = {}
         with full_disk_is_an_error(self.settings.scratch):
-            calls = enter(self.checkpoint, self._batches, lambda batch, x_BTD: store.put((0, batch), x_BTD))
+            calls = enter(self.checkpoint, self._inputs(), lambda batch, x_BTD: store.put((0, batch), x_BTD))
             keep_from = self._keep_from(calls, store, blocks.start)
             with progress("Forward over the blocks", count) as advance:
                 for index in range(count):
@@ -218,7 +223,7 @@ class Sweep:
                 gradients = []
                 for ids_T, hidden_TD in zip(ids_BT, store.pop((count, batch)), strict=True):
                     hidden_1TD = hidden_TD[None].detach().requires_grad_()
-                    logits_TV = logits(ids_T[None], hidden_1TD)[0, :-1]
+                    logits_TV = logits(named_inputs(ids_T[None]), hidden_1TD)[0, :-1]
                     loss = F.cross_entropy(logits_TV, ids_T[1:])
                     (gradient_1TD,) = torch.autograd.grad(loss, hidden_1TD)
                     losses.append(loss.item())
@@ -284,6 +289,19 @@ class Sweep:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 run = self._run_with_graph(0, block, calls, 0, first_BTD, self.checkpoint.skeleton.prunable(0))
             return weights + (sum(seen.values()) + run.taps.bytes()) * len(self._batches)
+
+
+def require_causal(checkpoint: Checkpoint) -> None:
+    """Calibration is next-token prediction on text, so it needs a model that does that.
+
+    Raises:
+        ModelError: the model is an encoder, reads images, or has another head.
+    """
+    if not checkpoint.skeleton.is_causal:
+        raise ModelError(
+            f"{type(checkpoint.skeleton.model).__name__} is not a causal language model, and calibration is text "
+            "predicted token by token; choose a criterion that needs none (magnitude, random)"
+        )
 
 
 def _fresh(matrices: Mapping[str, nn.Linear], needs: frozenset[type[Statistic]]) -> BlockStatistics:

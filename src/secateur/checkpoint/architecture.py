@@ -1,0 +1,108 @@
+"""Which class of transformers a config is for, asked of transformers itself, and what its forward is fed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from secateur.errors import ModelError
+
+ModelInputs = Mapping[str, torch.Tensor]
+"""What a model's forward is called with, by name: ``input_ids (B, T)``, or ``pixel_values (B, C, H, W)``."""
+
+PIXELS = "pixel_values"
+
+
+def loader_for(config: Any) -> Any:
+    """What an ordinary user loads the model with: ``AutoModelForCausalLM``, or the class that the config names.
+
+    Raises:
+        ModelError: transformers knows neither.
+    """
+    from transformers import AutoModelForCausalLM
+
+    named, automatic = _named_class(config), _mapped_class(AutoModelForCausalLM._model_mapping, config)
+    if _remote_loader(config) is not None:
+        return _remote_loader(config)
+    if named is not None and named is not automatic:
+        return named
+    if automatic is None:
+        wanted = next(iter(config.architectures or ()), None)
+        raise ModelError(
+            f"transformers has no class '{wanted}' and no causal language model of type '{config.model_type}'; "
+            "mend architectures in config.json, update transformers, or give another model"
+        )
+    return AutoModelForCausalLM
+
+
+def is_causal(config: Any) -> bool:
+    """Whether the model predicts each token from those before it, so that next-token cross-entropy is its loss."""
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
+
+    if loader_for(config) is not AutoModelForCausalLM:
+        return False
+    # Encoders that can also be built as decoders say which they are; of other families the field means nothing.
+    return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", True))
+
+
+def named_inputs(inputs: torch.Tensor | ModelInputs) -> dict[str, torch.Tensor]:
+    """Inputs by name; a bare tensor is token ids."""
+    return {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
+
+
+def example_inputs(model: Any, batch: int = 1, tokens: int = 48) -> dict[str, torch.Tensor]:
+    """Fixed pseudo-random inputs of the kind the model reads: token ids ``(B, T)`` or pixel values ``(B, C, H, W)``."""
+    generator = torch.Generator().manual_seed(0)
+    if model.main_input_name == PIXELS:
+        size = model.config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (batch, model.config.num_channels, height, width)
+        return {PIXELS: torch.randn(shape, generator=generator)}
+    vocabulary = model.config.get_text_config().vocab_size
+    return {"input_ids": torch.randint(vocabulary, (batch, tokens), generator=generator)}
+
+
+def call_model(model: nn.Module, inputs: ModelInputs) -> Any:
+    """The model's outputs, without a cache where it has one."""
+    known = inspect.signature(model.forward).parameters
+    passes_on = any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
+    if "use_cache" in known or (passes_on and hasattr(model.config, "use_cache")):
+        return model(**inputs, use_cache=False)
+    return model(**inputs)
+
+
+def _remote_loader(config: Any) -> Any:
+    """The automatic class for which the folder brings its own code."""
+    import transformers
+
+    for name in getattr(config, "auto_map", None) or {}:
+        if name.startswith("AutoModelFor"):
+            return getattr(transformers, name, None)
+    return None
+
+
+def _named_class(config: Any) -> Any:
+    """The model class of ``config.architectures``, where transformers has it, it fits the config and it has a head."""
+    import transformers
+
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    found: Any = getattr(transformers, name, None)
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        return None
+    fits = isinstance(config, getattr(found, "config_class", None) or ())
+    bare = found is _mapped_class(transformers.MODEL_MAPPING, config)
+    return found if fits and not bare else None
+
+
+def _mapped_class(mapping: Any, config: Any) -> Any:
+    if type(config) not in mapping:
+        return None
+    found = mapping[type(config)]
+    if not isinstance(found, tuple):
+        return found
+    names = getattr(config, "architectures", None) or ()
+    return next((choice for choice in found if choice.__name__ in names), found[0])
