@@ -53,7 +53,7 @@ ROUTED_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3MoeForCausalLM", BASE | GROUPED | ROUTED | {"moe_intermediate_size": 16}),
     "qwen2_moe": (
         "Qwen2MoeForCausalLM",
-        BASE | ROUTED | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+        BASE | ROUTED | {"num_key_value_heads": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
     ),
     "olmoe": ("OlmoeForCausalLM", BASE | ROUTED),
     "phimoe": ("PhimoeForCausalLM", BASE | ROUTED | {"num_key_value_heads": 2}),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,28 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from secateur.checkpoint.conversion import Origin, StoredTensor, find_origins, usual_name
 from secateur.checkpoint.manifest import check_manifest
 from secateur.checkpoint.skeleton import Skeleton, build_skeleton, load_config
 from secateur.checkpoint.source import ModelSource, resolve_model
-from secateur.console import track
-from secateur.errors import ModelError
+from secateur.console import log, track
+from secateur.errors import ModelError, reason_of
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+WEIGHT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+"""Of indices and flags that some families keep beside their weights; as weights they would be quantised ones."""
+
 NOT_WEIGHTS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", ".attn.bias", ".attn.masked_bias")
 """Buffers that older checkpoints stored and the model computes itself."""
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where one tensor lies, and what it is."""
+class ModelTensor:
+    """One tensor of the model as it will be read, and what it is made of."""
 
-    file: Path
-    stored_name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    origin: Origin
 
     @property
     def bytes(self) -> int:
@@ -44,7 +48,7 @@ class StoredTensor:
 class Checkpoint:
     """A model folder opened for reading: its config, its weightless model and its tensors by the model's names."""
 
-    def __init__(self, source: ModelSource, skeleton: Skeleton, tensors: dict[str, StoredTensor]) -> None:
+    def __init__(self, source: ModelSource, skeleton: Skeleton, tensors: dict[str, ModelTensor]) -> None:
         self.source = source
         self.skeleton = skeleton
         self.tensors = tensors
@@ -62,7 +66,7 @@ class Checkpoint:
         """The dtype of most weights."""
         counts: dict[torch.dtype, int] = defaultdict(int)
         for tensor in self.tensors.values():
-            counts[tensor.dtype] += tensor.bytes
+            counts[tensor.dtype] += tensor.bytes * tensor.dtype.is_floating_point
         return max(counts, key=lambda dtype: counts[dtype])
 
     def parameters(self) -> int:
@@ -75,15 +79,13 @@ class Checkpoint:
         Raises:
             ModelError: a file cannot be read.
         """
-        by_file: dict[Path, list[str]] = defaultdict(list)
-        for name in names:
-            by_file[self.tensors[name].file].append(name)
-        found = {}
-        for file, members in by_file.items():
-            with _opened(file) as stream:
-                for name in members:
-                    found[name] = stream.get_tensor(self.tensors[name].stored_name)
-        return found
+        names = list(names)
+        found: dict[str, torch.Tensor] = {}
+        with _Files() as files:
+            for name in names:
+                if name not in found:  # several may come from one stored tensor
+                    found |= self.tensors[name].origin.make(self.skeleton.model, files.get)
+        return {name: found[name] for name in names}
 
     def block_tensors(self, index: int) -> dict[str, torch.Tensor]:
         """Block ``index``'s tensors as stored, by their names inside the block."""
@@ -117,14 +119,23 @@ class Checkpoint:
     def _tensor_digest(self, name: str) -> str:
         tensor = self.read([name])[name]
         if not torch.isfinite(tensor).all():
-            kind = "NaN" if torch.isnan(tensor).any() else "an infinite value"
-            raise ModelError(
-                f"the weight '{name}' in {self.tensors[name].file} holds {kind}; the file is damaged or the model "
-                "diverged in training: get it again"
-            )
+            raise ModelError(self._damaged(name))
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
         return digest.hexdigest()
+
+    def _damaged(self, name: str) -> str:
+        """Which stored tensor behind ``name`` is not finite."""
+        with _Files() as files:
+            for source in self.tensors[name].origin.sources:
+                tensor = files.get(source)
+                if not torch.isfinite(tensor).all():
+                    kind = "NaN" if torch.isnan(tensor).any() else "an infinite value"
+                    return (
+                        f"the weight '{source.stored_name}' in {source.file} holds {kind}; the file is damaged or the "
+                        "model diverged in training: get it again"
+                    )
+        return f"the weight '{name}' is not finite once transformers has converted it; get the model again"
 
 
 def open_checkpoint(spec: str, trust_remote_code: bool = False) -> Checkpoint:
@@ -140,11 +151,34 @@ def open_checkpoint(spec: str, trust_remote_code: bool = False) -> Checkpoint:
     return Checkpoint(source, skeleton, _matched(source.folder, skeleton, stored))
 
 
+class _Files:
+    """Safetensors files, opened when first read from and closed together."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+        self._streams: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def stream(self, file: Path) -> Any:
+        if file not in self._streams:
+            with _unreadable_is_an_error(file):
+                self._streams[file] = self._stack.enter_context(safe_open(file, framework="pt"))
+        return self._streams[file]
+
+    def get(self, place: StoredTensor) -> torch.Tensor:
+        with _unreadable_is_an_error(place.file):
+            return self.stream(place.file).get_tensor(place.stored_name)
+
+
 @contextmanager
-def _opened(file: Path) -> Iterator[Any]:
+def _unreadable_is_an_error(file: Path) -> Iterator[None]:
     try:
-        with safe_open(file, framework="pt") as stream:
-            yield stream
+        yield
     except FileNotFoundError as error:
         raise ModelError(f"{file} is missing; download or copy it again") from error
     except (SafetensorError, OSError) as error:
@@ -153,36 +187,25 @@ def _opened(file: Path) -> Iterator[Any]:
         ) from error
 
 
-def _check_ties(tied: dict[str, str], stored: dict[str, StoredTensor], matched: dict[str, StoredTensor]) -> None:
-    """A file may hold both names of a tied weight; where their numbers differ the config is wrong about the tie."""
-    for name, source in tied.items():
-        if name not in stored or source not in matched or stored[name] == matched[source]:
-            continue
-        pair = []
-        for place in (stored[name], matched[source]):
-            with _opened(place.file) as stream:
-                pair.append(stream.get_tensor(place.stored_name))
-        if not torch.equal(*pair):
-            raise ModelError(
-                f"the config ties '{name}' to '{source}', but {stored[name].file} holds different numbers for them; "
-                "set tie_word_embeddings to false in config.json"
-            )
-
-
 def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found = {}
-    for file in _weight_files(folder):
-        with _opened(file) as stream:
+    with _Files() as files:
+        for file in _weight_files(folder):
+            stream = files.stream(file)
             for name in stream.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 view = stream.get_slice(name)
-                dtype = DTYPES.get(view.get_dtype())
+                dtype = (WEIGHT_DTYPES | OTHER_DTYPES).get(view.get_dtype())
                 if dtype is None:
-                    raise ModelError(
-                        f"the tensor '{name}' in {file} is stored as {view.get_dtype()}; only fp32, fp16, bf16 and fp64 "
-                        "weights are read: give the model before quantisation"
-                    )
+                    raise ModelError(_wrong_dtype(name, file, view.get_dtype()))
                 found[name] = StoredTensor(file, name, dtype, tuple(view.get_shape()))
     return found
+
+
+def _wrong_dtype(name: str, file: Path, dtype: str) -> str:
+    return (
+        f"the tensor '{name}' in {file} is stored as {dtype}; only fp32, fp16, bf16 and fp64 "
+        "weights are read: give the model before quantisation"
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -203,34 +226,93 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _matched(folder: Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _matched(folder: Path, skeleton: Skeleton, stored: dict[str, StoredTensor]) -> dict[str, ModelTensor]:
     """Give every tensor of the model its place in the files, checking names and shapes both ways."""
-    prefix = getattr(skeleton.model, "base_model_prefix", "") + "."
-    tied = skeleton.tied()
-    matched, used = {}, set()
-    for name, shape in skeleton.shapes().items():
-        # A checkpoint of the bare model (no head) is stored without the prefix that the causal model gives its names.
-        stored_name = next((n for n in (name, name.removeprefix(prefix)) if n in stored), None)
-        if stored_name is not None:
-            used.add(stored_name)
-        if name in tied:
-            continue
-        if stored_name is None:
+    model, tied = skeleton.model, skeleton.tied()
+    origins = find_origins(model, stored)
+    found = {name: tensor for origin in origins for name, tensor in _described(model, origin).items()}
+    for name, source in tied.items():
+        if source not in found and name in found:  # of a tie either name may be the one that is stored
+            found[source] = replace(found[name], origin=replace(found[name].origin, name=source))
+    matched = {}
+    for name, wanted in model.state_dict().items():
+        if name not in found and name not in tied:
             raise ModelError(
-                f"the config asks for the weight '{name}', which {folder} does not hold; they do not belong together, or transformers stores this family under other names, which is not read yet"
-            )
-        found = stored[stored_name]
-        if found.shape != tuple(shape):
-            raise ModelError(
-                f"the weight '{name}' in {found.file} has shape {list(found.shape)}, but the config asks for {list(shape)}; "
+                f"the config asks for the weight '{usual_name(model, name)}', which {folder} does not hold; "
                 "config.json and weights do not belong together"
             )
-        matched[name] = found
-    _check_ties(tied, stored, matched)
-    ignored = tuple(getattr(skeleton.model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    for name in stored.keys() - used:
-        if not name.endswith(NOT_WEIGHTS) and not any(pattern in name for pattern in ignored):
+        if name in found:
+            _check_fit(found[name], wanted)
+            matched[name] = found[name]
+    _check_ties(skeleton, matched)
+    used = {source.stored_name for origin in origins for source in origin.sources}
+    _check_left_over(folder, skeleton, sorted(stored.keys() - used))
+    return {name: tensor for name, tensor in matched.items() if name not in tied}
+
+
+def _described(model: Any, origin: Origin) -> dict[str, ModelTensor]:
+    """What ``origin`` makes, found by letting transformers convert tensors without numbers."""
+
+    def weightless(source: StoredTensor) -> torch.Tensor:
+        return torch.empty(source.shape, dtype=source.dtype, device="meta")
+
+    try:
+        made = origin.make(model, weightless)
+    except Exception as error:
+        raise ModelError(
+            f"the weights {origin.describe()} cannot be joined into '{origin.name}' ({reason_of(error)}); one of them "
+            "is missing or has another shape: get the model again"
+        ) from error
+    return {name: ModelTensor(tensor.dtype, tuple(tensor.shape), origin) for name, tensor in made.items()}
+
+
+def _check_fit(found: ModelTensor, wanted: torch.Tensor) -> None:
+    if found.shape != tuple(wanted.shape):
+        raise ModelError(
+            f"the weight {found.origin.describe()} has shape {list(found.shape)}, but the config asks for "
+            f"{list(wanted.shape)}; config.json and weights do not belong together"
+        )
+    for source in found.origin.sources:
+        if source.dtype.is_floating_point != wanted.dtype.is_floating_point:
+            raise ModelError(_wrong_dtype(source.stored_name, source.file, str(source.dtype).removeprefix("torch.")))
+
+
+def _check_ties(skeleton: Skeleton, matched: dict[str, ModelTensor]) -> None:
+    """A file may hold both names of a tied weight; where their numbers differ the config is wrong about the tie."""
+    for name, source in skeleton.tied().items():
+        if name not in matched or matched[name].origin.sources == matched[source].origin.sources:
+            continue
+        with _Files() as files:
+            left, right = (matched[n].origin.make(skeleton.model, files.get)[n] for n in (name, source))
+        if not torch.equal(left, right):
+            held = matched[name].origin.sources[0]
+            raise ModelError(
+                f"the config ties '{held.stored_name}' to '{matched[source].origin.sources[0].stored_name}', but "
+                f"{held.file} holds different numbers for them; set tie_word_embeddings to false in config.json"
+            )
+
+
+def _check_left_over(folder: Path, skeleton: Skeleton, names: list[str]) -> None:
+    """Stored tensors without a place are an error, save what the model computes itself and heads that it lacks."""
+    model = skeleton.model
+    ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    computed = {name for name, _ in model.named_buffers()}
+    prefix, modules = f"{model.base_model_prefix}.", {name for name, _ in model.named_modules()}
+    heads = []
+    for name in names:
+        full = {name, prefix + name}
+        if name.endswith(NOT_WEIGHTS) or full & computed or any(re.search(pattern, name) for pattern in ignored):
+            continue
+        inside = any(n.startswith(f"{skeleton.blocks_name}.") for n in full)
+        if inside or any(n.rpartition(".")[0] in modules for n in full):
             raise ModelError(
                 f"{folder} holds the weight '{name}', which the config has no place for; config.json and weights do not belong together"
             )
-    return matched
+        heads.append(name)
+    if heads:
+        log.warning(
+            "%d stored weights belong to a head that %s does not have, and are left out: %s.",
+            len(heads),
+            type(model).__name__,
+            ", ".join(heads[:4]) + (", ..." if len(heads) > 4 else ""),
+        )

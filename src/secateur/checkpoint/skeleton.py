@@ -52,6 +52,10 @@ class Skeleton:
         """Names of block ``index``'s stored tensors, as the block itself calls them."""
         return list(self.blocks[index].state_dict().keys())
 
+    def block_shapes(self, index: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of block ``index``'s stored tensors, as the block itself calls them."""
+        return {name: tuple(tensor.shape) for name, tensor in self.blocks[index].state_dict().items()}
+
     def shapes(self) -> dict[str, torch.Size]:
         """Every stored tensor's shape by its full name; of tensors tied together, all names."""
         return {name: tensor.shape for name, tensor in self.model.state_dict().items()}
@@ -111,7 +115,7 @@ def is_uneven(config: Any) -> bool:
 
 def _is_ours(auto_map: dict[str, Any]) -> bool:
     """Whether remote code is the file that Secateur writes; it is never run from the folder, our own copy is."""
-    return auto_map == {"AutoModelForCausalLM": REMOTE_CLASS}
+    return bool(auto_map) and set(auto_map.values()) == {REMOTE_CLASS}
 
 
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:

@@ -12,7 +12,9 @@ from typing import BinaryIO
 
 import torch
 
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+from secateur.checkpoint.reader import OTHER_DTYPES, WEIGHT_DTYPES
+
+SAFETENSORS_NAMES = {dtype: name for name, dtype in (WEIGHT_DTYPES | OTHER_DTYPES).items()}
 SHARD_BYTES = 5 * 1000**3
 """The size above which a folder is split, as transformers does."""
 
