@@ -161,12 +161,3 @@ def test_something_that_appears_at_out_meanwhile_is_kept(llama_folder, tmp_path,
         secateur.prune(str(llama_folder), tmp_path / "out", unit="weight", criterion="magnitude")
     assert (tmp_path / "out" / "precious").read_text() == "mine"
     assert not (tmp_path / "out.partial").exists()
-
-
-def test_a_matrix_that_is_fed_no_windows_is_refused():
-    from secateur.sweep.taps import GradientTaps
-
-    linear = torch.nn.Linear(4, 3)
-    GradientTaps({"w": linear})
-    with pytest.raises(ModelError, match="mixes windows"):
-        linear(torch.zeros(5, 4, requires_grad=True))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from secateur.checkpoint.architecture import is_causal, loader_for
+from secateur.checkpoint.matrices import BlockMatrix, Uses, block_matrices, find_uses
 from secateur.checkpoint.uneven import PrunedForCausalLM, largest_module_list
 from secateur.console import quiet_libraries
 from secateur.errors import ModelError, StructureError, reason_of
@@ -42,7 +43,7 @@ class Skeleton:
     @property
     def is_causal(self) -> bool:
         """Whether it is a causal language model: what calibration and perplexity are defined for."""
-        return is_uneven(self.config) or is_causal(self.config)
+        return is_causal(self.config)
 
     def block_prefix(self, index: int) -> str:
         """The name before a block's parameters, for example ``model.layers.3.``"""
@@ -64,21 +65,28 @@ class Skeleton:
         """Names that share another's tensor -> the name that is stored for both."""
         return dict(getattr(self.model, "all_tied_weights_keys", None) or {})
 
-    def prunable(self, index: int) -> dict[str, nn.Linear]:
-        """The matrices of block ``index`` that masks may touch: every ``nn.Linear`` (methods: the "prunable set").
+    def prunable(self, index: int) -> dict[str, BlockMatrix]:
+        """The matrices of block ``index`` that masks and scores may touch (methods: the "prunable set"), by name.
 
         Raises:
-            StructureError: the block keeps matrices in other modules, which masks would silently leave dense.
+            StructureError: the block multiplies with a parameter in a way that is not understood.
         """
-        block = self.blocks[index]
-        found = {f"{name}.weight": module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-        others = [name for name, parameter in block.named_parameters() if parameter.dim() >= 2 and name not in found]
-        if others:
-            raise StructureError(
-                f"block {index} of {type(self.model).__name__} keeps the matrix '{others[0]}' outside nn.Linear, "
-                "which is not supported yet; prune another model"
-            )
-        return found
+        return block_matrices(self.model, self._uses, self.block_prefix(index), self.blocks[index])
+
+    @property
+    def keeps_windows_apart(self) -> bool:
+        """Whether, of several windows run at once, each matrix is known to be fed one after the other.
+
+        Packed experts get the tokens of all windows in the order of routing.
+        """
+        if not self._uses.seen:
+            return False
+        blocks = range(len(self.blocks))
+        return all(matrix.expert is None for index in blocks for matrix in self.prunable(index).values())
+
+    @cached_property
+    def _uses(self) -> Uses:
+        return find_uses(self.model)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -141,6 +149,7 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:
             f"transformers cannot build the model from config.json ({reason}); mend the field it names, or give another model"
         ) from error
     model.eval()
+    model.set_experts_implementation("eager")  # one product an expert, with the tokens that go to it
     model.tie_weights()  # replacing parameters by weightless ones has undone the ties
     model.requires_grad_(False)
     return Skeleton(model)

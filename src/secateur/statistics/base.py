@@ -60,7 +60,7 @@ class InputStatistic(Statistic):
 
     @abstractmethod
     def update(self, x_TI: torch.Tensor) -> None:
-        """Fold in the inputs of one window: ``(tokens, input features)``."""
+        """Fold in the inputs of one window: ``(tokens, input features)``; of an expert the tokens that go to it."""
 
 
 class GradientStatistic(Statistic):
@@ -75,3 +75,9 @@ class GradientStatistic(Statistic):
     @abstractmethod
     def update(self, gradient_OI: torch.Tensor, windows: int = 1) -> None:
         """Fold in one window's gradient, or the sum over ``windows`` of them; it stays the caller's."""
+
+    def update_without(self, shape_OI: tuple[int, int], windows: int) -> None:
+        """Fold in ``windows`` windows whose loss does not depend on the matrix: no token went to this expert."""
+        if self.total is None:
+            self.total = torch.zeros(shape_OI)
+        self.windows += windows

@@ -1,51 +1,66 @@
-"""Hooks that feed statistics while a block runs."""
+"""Feeding statistics while a block runs, by watching the products its matrices are the weights of.
+
+Statistics are means over windows, so what flows into a matrix has to keep windows apart. An expert sees the tokens that
+are routed to it and nothing else; a window of which none is adds nothing to its sums and counts all the same.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from secateur.checkpoint.matrices import BlockMatrices
+from secateur.checkpoint.products import Product, Products
 from secateur.errors import ModelError
 from secateur.statistics import GradientStatistic, InputStatistic
 
 
-@contextmanager
-def input_taps(matrices: Mapping[str, nn.Linear], statistics: Mapping[str, Iterable[InputStatistic]]) -> Iterator[None]:
-    """While the context lasts, every window that flows into a matrix is folded into the matrix's statistics."""
+class InputTaps:
+    """Folds what flows into each matrix into the matrix's statistics, one window at a time."""
 
-    def tap(kinds: list[InputStatistic]) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            for x_TI in _windows_of(args[0], module):
-                for statistic in kinds:
-                    statistic.update(x_TI)
+    def __init__(self, matrices: BlockMatrices, statistics: Mapping[str, Iterable[InputStatistic]]) -> None:
+        self._statistics = {name: kinds for name in matrices if (kinds := list(statistics.get(name, ())))}
+        self._matrices = {name: matrix for name, matrix in matrices.items() if name in self._statistics}
 
-        return hook
+    @contextmanager
+    def watching(self, block: nn.Module, windows: int) -> Iterator[None]:
+        """While the context lasts ``block`` runs once, on ``windows`` windows."""
+        if not self._statistics:
+            yield
+            return
+        watch = _Watched(self._matrices, block)
 
-    handles = [
-        module.register_forward_pre_hook(tap(list(statistics[name])))
-        for name, module in matrices.items()
-        if statistics.get(name)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        def tell(product: Product) -> None:
+            for name, expert in watch.matrices_in(product):
+                x_BTI = _windows_of(product.x if expert is None else product.x[expert], windows, name)
+                for x_TI in x_BTI:
+                    for statistic in self._statistics[name]:
+                        statistic.update(x_TI)
+
+        with Products(watch.parameters.items(), tell):
+            yield
+        for name in watch.idle():
+            nothing_TI = torch.zeros(0, watch.shape(name)[1])
+            for statistic in self._statistics[name] * windows:
+                statistic.update(nothing_TI)
 
 
-def _windows_of(x_BTI: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """A matrix's inputs, which have to keep windows apart: statistics are means over windows."""
-    if x_BTI.dim() != 3:
-        raise ModelError(
-            f"{module} is fed {list(x_BTI.shape)} instead of (windows, tokens, features); "
-            "this model mixes windows and cannot be scored"
-        )
-    return x_BTI.detach()
+@dataclass(frozen=True)
+class _Use:
+    """A matrix's input ``(windows, tokens, I)``, and the gradient of its output once it has come."""
+
+    x_BTI: torch.Tensor
+    caught: list[torch.Tensor]
+    expert: int | None
+
+    def gradient_BTO(self) -> torch.Tensor:
+        gradient = self.caught[0] if self.expert is None else self.caught[0][self.expert]
+        return gradient.reshape(*self.x_BTI.shape[:2], gradient.shape[-1])
 
 
 class GradientTaps:
@@ -55,47 +70,109 @@ class GradientTaps:
     the gradient of one window exists for one matrix at a time, is folded, and is gone.
     """
 
-    def __init__(self, matrices: Mapping[str, nn.Linear]) -> None:
-        self._uses: dict[str, list[tuple[torch.Tensor, list[torch.Tensor]]]] = defaultdict(list)
-        self._handles = [module.register_forward_hook(self._hook(name)) for name, module in matrices.items()]
+    def __init__(self, matrices: BlockMatrices, windows: int) -> None:
+        self._matrices = matrices
+        self._windows = windows
+        self._uses: dict[str, list[_Use]] = defaultdict(list)
+        self._shapes: dict[str, tuple[int, int]] = {}
 
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+    @contextmanager
+    def watching(self, block: nn.Module) -> Iterator[None]:
+        """While the context lasts ``block`` runs once; what is caught stays for ``fold``."""
+        watch = _Watched(self._matrices, block)
+
+        def tell(product: Product) -> None:
             caught: list[torch.Tensor] = []
-            out.register_hook(caught.append)
-            self._uses[name].append((_windows_of(args[0], module), caught))
+            product.out.requires_grad_()  # it has to where it does not come from the block's input: positions
+            product.out.register_hook(caught.append)
+            for name, expert in watch.matrices_in(product):
+                x = product.x if expert is None else product.x[expert]
+                self._uses[name].append(_Use(_windows_of(x, self._windows, name), caught, expert))
 
-        return hook
-
-    def close(self) -> None:
-        """Stop watching; what was caught stays for ``fold``."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        with Products(watch.parameters.items(), tell):
+            yield
+        self._shapes = {name: watch.shape(name) for name in watch.idle()}
 
     def bytes(self) -> int:
         """How much the caught inputs hold."""
-        return sum(x.numel() * x.element_size() for uses in self._uses.values() for x, _ in uses)
+        return sum(use.x_BTI.numel() * use.x_BTI.element_size() for uses in self._uses.values() for use in uses)
 
     def fold(self, statistics: Mapping[str, Iterable[GradientStatistic]]) -> None:
         """After the backward pass: fold each matrix's gradients into its statistics, and let go."""
+        for name, shape_OI in self._shapes.items():
+            for statistic in statistics.get(name, ()):
+                statistic.update_without(shape_OI, self._windows)
         for name in list(self._uses):
-            uses = [(x, caught[0]) for x, caught in self._uses.pop(name) if caught]
+            uses = [(use.x_BTI, use.gradient_BTO()) for use in self._uses.pop(name) if use.caught]
             kinds = list(statistics.get(name, ()))
             if not uses or not kinds:
                 continue
-            alone = [statistic for statistic in kinds if statistic.per_window]
-            together = [statistic for statistic in kinds if not statistic.per_window]
-            windows = uses[0][0].shape[0]
-            if alone:
-                for window in range(windows):
+            if any(statistic.per_window for statistic in kinds):
+                for window in range(self._windows):
                     gradient_OI = _weight_gradient([(x[window], g[window]) for x, g in uses])
                     for statistic in kinds:
                         statistic.update(gradient_OI)
-            elif together:
+            else:
                 gradient_OI = _weight_gradient(uses)
-                for statistic in together:
-                    statistic.update(gradient_OI, windows)
+                for statistic in kinds:
+                    statistic.update(gradient_OI, self._windows)
+
+
+class _Watched:
+    """The matrices of a block during one run: which parameters they are, and which of them have been in a product."""
+
+    def __init__(self, matrices: BlockMatrices, block: nn.Module) -> None:
+        self._matrices = matrices
+        wanted = {matrix.parameter for matrix in matrices.values()}
+        self.parameters = {name: parameter for name, parameter in block.named_parameters() if name in wanted}
+        self._names = {(matrix.parameter, matrix.expert): name for name, matrix in matrices.items()}
+        self._seen: set[str] = set()
+
+    def matrices_in(self, product: Product) -> list[tuple[str, int | None]]:
+        """The matrices that ``product`` multiplies with; of all experts at once, each with its place among them."""
+        parameter = self.parameters[product.parameter]
+        if product.expert is None and parameter.dim() == 3:
+            found: list[tuple[str, int | None]] = [
+                (self._names[product.parameter, expert], expert) for expert in range(len(parameter))
+            ]
+        else:
+            found = [(self._names[product.parameter, product.expert], None)]
+        self._seen.update(name for name, _ in found)
+        return found
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """``(O, I)``"""
+        outputs, inputs = self._matrices[name].of(self.parameters).shape
+        return outputs, inputs
+
+    def idle(self) -> list[str]:
+        """Experts to which no token went.
+
+        Raises:
+            ModelError: a parameter was in no product at all; something other than routing has kept it out of sight.
+        """
+        used = {self._matrices[name].parameter for name in self._seen}
+        for parameter in self.parameters:
+            if parameter not in used:
+                raise ModelError(
+                    f"the products of '{parameter}' cannot be watched while the model runs, so it cannot be scored by "
+                    "activations or gradients; choose a criterion that needs none (magnitude, random)"
+                )
+        return [name for name in self._matrices if name not in self._seen]
+
+
+def _windows_of(x: torch.Tensor, windows: int, name: str) -> torch.Tensor:
+    """A matrix's inputs as ``(windows, tokens, features)``; some modules flatten windows and tokens into one."""
+    x, features = x.detach(), x.shape[-1]
+    if x.dim() == 3 and len(x) == windows:
+        return x
+    flat = x.dim() == 2 and len(x) % windows == 0
+    if flat or windows == 1 or (x.dim() > 3 and len(x) == windows):
+        return x.reshape(windows, x.numel() // features // windows, features)
+    raise ModelError(
+        f"'{name}' is fed {list(x.shape)} instead of (windows, tokens, features); "
+        "this model mixes windows and cannot be scored"
+    )
 
 
 def _weight_gradient(uses: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from secateur.checkpoint.architecture import named_inputs
+from secateur.checkpoint.matrices import BlockMatrices
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import resident_block
 from secateur.console import progress
@@ -24,7 +25,7 @@ from secateur.files import full_disk_is_an_error
 from secateur.statistics import GradientStatistic, InputStatistic, Statistic
 from secateur.sweep.boundary import BoundaryStore
 from secateur.sweep.entrance import BlockCalls, enter, head
-from secateur.sweep.taps import GradientTaps, input_taps
+from secateur.sweep.taps import GradientTaps, InputTaps
 
 BlockStatistics = dict[str, dict[type[Statistic], Statistic]]
 """For each matrix of a block, the statistics gathered on it."""
@@ -75,7 +76,9 @@ class Sweep:
         self.settings = settings
         self.loss: float | None = None
         require_causal(checkpoint)
-        self._batches = list(ids_NT.split(settings.micro_batch))
+        # Where windows would mix inside a block they go one at a time: statistics are means over windows.
+        apart = checkpoint.skeleton.keeps_windows_apart
+        self._batches = list(ids_NT.split(settings.micro_batch if apart else 1))
 
     def _inputs(self) -> list[dict[str, torch.Tensor]]:
         return [named_inputs(ids_BT) for ids_BT in self._batches]
@@ -127,12 +130,13 @@ class Sweep:
         statistics = _fresh(matrices, needs)
         last = index == blocks.stop - 1
         again = pruned and index in blocks and not last
-        with input_taps(matrices, _of_kind(statistics, InputStatistic)):
-            for batch in range(len(self._batches)):
-                x_BTD = store.pop((index, batch))
+        taps = InputTaps(matrices, _of_kind(statistics, InputStatistic))
+        for batch in range(len(self._batches)):
+            x_BTD = store.pop((index, batch))
+            with taps.watching(block, len(x_BTD)):
                 out_BTD = _finite(calls.run(block, index, batch, x_BTD), index)
-                if not last:
-                    store.put((index, batch) if again else (index + 1, batch), x_BTD if again else out_BTD)
+            if not last:
+                store.put((index, batch) if again else (index + 1, batch), x_BTD if again else out_BTD)
         if index not in blocks:
             return
         replaced = visit(index, block, statistics)
@@ -182,9 +186,10 @@ class Sweep:
         """Run one block forward, remembering its inputs (or its autograd graph) for the way back."""
         matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
         statistics = _fresh(matrices, needs)
-        with input_taps(matrices, _of_kind(statistics, InputStatistic)):
-            for batch in range(len(self._batches)):
-                x_BTD = store.pop((index, batch))
+        taps = InputTaps(matrices, _of_kind(statistics, InputStatistic))
+        for batch in range(len(self._batches)):
+            x_BTD = store.pop((index, batch))
+            with taps.watching(block, len(x_BTD)):
                 if index >= keep_from:
                     run = self._run_with_graph(index, block, calls, batch, x_BTD, matrices)
                     kept[index, batch] = run
@@ -192,9 +197,9 @@ class Sweep:
                 else:
                     with torch.no_grad():
                         out_BTD = calls.run(block, index, batch, x_BTD)
-                    if index >= blocks.start:
-                        store.put((index, batch), x_BTD)
-                store.put((index + 1, batch), _finite(out_BTD, index))
+            if keep_from > index >= blocks.start:
+                store.put((index, batch), x_BTD)
+            store.put((index + 1, batch), _finite(out_BTD, index))
         return statistics
 
     def _run_with_graph(
@@ -204,15 +209,12 @@ class Sweep:
         calls: BlockCalls,
         batch: int,
         x_BTD: torch.Tensor,
-        matrices: Mapping[str, nn.Linear],
+        matrices: BlockMatrices,
     ) -> _Kept:
         x_BTD = x_BTD.detach().requires_grad_()
-        taps = GradientTaps(matrices)
-        try:
-            with torch.enable_grad():
-                out_BTD = calls.run(block, index, batch, x_BTD)
-        finally:
-            taps.close()
+        taps = GradientTaps(matrices, len(x_BTD))
+        with torch.enable_grad(), taps.watching(block):
+            out_BTD = calls.run(block, index, batch, x_BTD)
         return _Kept(x_BTD, out_BTD, taps)
 
     def _loss_gradients(self, calls: BlockCalls, store: BoundaryStore, count: int) -> None:
@@ -304,7 +306,7 @@ def require_causal(checkpoint: Checkpoint) -> None:
         )
 
 
-def _fresh(matrices: Mapping[str, nn.Linear], needs: frozenset[type[Statistic]]) -> BlockStatistics:
+def _fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
     return {name: {kind: kind() for kind in needs} for name in matrices}
 
 
