@@ -6,7 +6,6 @@ import json
 import shutil
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_llama
 
