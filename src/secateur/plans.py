@@ -17,9 +17,9 @@ import secateur
 from secateur.errors import PlanError
 from secateur.files import atomic_file
 from secateur.recipe import Recipe
-from secateur.removal.decision import BlockDecision, Removals
+from secateur.removal.decision import BlockDecision, Removals, model_cut
 from secateur.removal.masks import pack, unpack
-from secateur.structure import UnitGroup
+from secateur.structure import OUTSIDE, ModelCut, Structure, UnitGroup
 
 PLAN_FILE, MASKS_FILE = "plan.json", "masks.safetensors"
 
@@ -65,15 +65,20 @@ class Masked(_Strict):
 
 
 class BlockPlan(_Strict):
-    """What leaves one block."""
+    """What leaves one block; under the number ``OUTSIDE`` (-1) what leaves outside of them, whole blocks among it."""
 
-    block: int
+    block: int = Field(ge=OUTSIDE)
     cuts: list[Cut] = []
     masks: dict[str, Masked] = {}
 
 
 class Plan(_Strict):
-    """A complete decision. ``masks_sha256`` ties the JSON to its masks file."""
+    """A complete decision.
+
+    Attributes:
+        masks_sha256: ties the JSON to its masks file.
+        notes: what a target and rounding came to.
+    """
 
     format: Literal[1] = 1
     secateur: str = secateur.__version__
@@ -82,12 +87,13 @@ class Plan(_Strict):
     calibration: CalibrationIdentity | None
     blocks: list[BlockPlan] = []
     masks_sha256: str | None = None
+    notes: dict[str, Any] = {}
     _bits: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
 
     def add(self, block: int, decision: BlockDecision) -> None:
         """Record the decision for one block."""
         cuts = [
-            Cut(kind=group.kind, module=group.module, count=group.count, removed=removed)
+            Cut(kind=group.kind, module=group.module, count=group.count, removed=list(removed))
             for group, removed in decision.removals
         ]
         masks = {}
@@ -98,12 +104,26 @@ class Plan(_Strict):
         self.blocks.append(BlockPlan(block=block, cuts=cuts, masks=masks))
         self.blocks.sort(key=lambda entry: entry.block)
 
-    def removals(self, block: int, groups: list[UnitGroup]) -> Removals:
-        """The structured units that leave ``block`` of a model whose units in it are ``groups``.
+    def cut(self, structure: Structure, blocks: int) -> ModelCut:
+        """What leaves a model with these units and so many blocks.
 
         Raises:
-            PlanError: the plan does not fit the block, or would leave it without a unit of some kind.
+            PlanError: the plan does not fit the model, or would leave it without a unit of some kind.
         """
+        if any(entry.block >= blocks for entry in self.blocks):
+            raise PlanError(f"the plan names blocks that the model, which has {blocks}, does not have")
+        everywhere = {block: self._removals(block, structure.of_block(block)) for block in (OUTSIDE, *range(blocks))}
+        cut = model_cut(everywhere, blocks)
+        hidden = [
+            [units for group, units in everywhere[block] if group.kind == "hidden"] for block in (OUTSIDE, *cut.kept())
+        ]
+        if any(units != hidden[0] for units in hidden):
+            raise PlanError(
+                "the plan takes different hidden channels from different blocks; they leave everywhere or stay"
+            )
+        return cut
+
+    def _removals(self, block: int, groups: list[UnitGroup]) -> Removals:
         entry = next((entry for entry in self.blocks if entry.block == block), None)
         removals: Removals = []
         if entry is None:
@@ -112,9 +132,9 @@ class Plan(_Strict):
             group = next((g for g in groups if (g.kind, g.module) == (cut.kind, cut.module)), None)
             if group is None or group.count != cut.count:
                 raise PlanError(
-                    f"the plan cuts {cut.count} {cut.kind} units in block {block}, which the model does not have"
+                    f"the plan cuts {cut.count} {cut.kind} units {_place(block)}, which the model does not have"
                 )
-            _check_removed(cut, group, block)
+            _check_removed(cut, group, _place(block))
             removals.append((group, cut.removed))
         return removals
 
@@ -129,6 +149,8 @@ class Plan(_Strict):
         totals: dict[str, tuple[int, int]] = {}
         for entry in self.blocks:
             for cut in entry.cuts:
+                if cut.kind == "hidden" and entry.block != OUTSIDE:
+                    continue  # the same units in every block
                 gone, there = totals.get(cut.kind, (0, 0))
                 totals[cut.kind] = (gone + len(cut.removed), there + cut.count)
         return totals
@@ -208,15 +230,21 @@ def _load_masks(plan: Plan, file: Path) -> dict[str, torch.Tensor]:
     return bits
 
 
-def _check_removed(cut: Cut, group: UnitGroup, block: int) -> None:
+def _place(block: int) -> str:
+    return "outside the blocks" if block == OUTSIDE else f"in block {block}"
+
+
+def _check_removed(cut: Cut, group: UnitGroup, place: str) -> None:
     if len(set(cut.removed)) != len(cut.removed) or any(not 0 <= unit < cut.count for unit in cut.removed):
-        raise PlanError(f"the plan names {cut.kind} units of block {block} that do not exist, or one twice")
+        raise PlanError(f"the plan names {cut.kind} units {place} that do not exist, or one twice")
     size = cut.count // group.families
     leaving = [sum(unit // size == family for unit in cut.removed) for family in range(group.families)]
     if max(leaving) >= size:
-        raise PlanError(f"the plan would leave block {block} without a single {cut.kind}; keep at least one")
+        raise PlanError(f"the plan would leave the model without a single {cut.kind} {place}; keep at least one")
+    if leaving[0] and size - max(leaving) < group.minimum:
+        raise PlanError(f"the plan would leave fewer than {group.minimum} {cut.kind} units {place}; keep that many")
     if len(set(leaving)) > 1:
-        raise PlanError(f"the plan takes unequal numbers of {cut.kind} units from the groups of block {block}")
+        raise PlanError(f"the plan takes unequal numbers of {cut.kind} units from the groups {place}")
 
 
 def _lists_on_one_line(text: str) -> str:

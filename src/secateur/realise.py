@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,16 +16,26 @@ from secateur.checkpoint import uneven
 from secateur.checkpoint.manifest import write_manifest
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.shapes import OutputShape, output_shape
-from secateur.checkpoint.skeleton import is_uneven
+from secateur.checkpoint.skeleton import Skeleton
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
 from secateur.errors import PlanError
 from secateur.files import human_bytes, require_space
-from secateur.planning import find_structure
 from secateur.plans import Plan
 from secateur.removal.decision import BlockDecision
-from secateur.structure import Structure, cut_shapes, parameters_per_unit
+from secateur.structure import (
+    OUTSIDE,
+    ModelCut,
+    Structure,
+    cut_shapes,
+    cut_tensors,
+    find_all_units,
+    mask_tensors,
+    masked_out,
+    parameters_per_unit,
+)
+from secateur.structure.cutting import Removal
 from secateur.sweep.logits import streamed_logits
 
 CHECK_TOKENS = 48
@@ -57,72 +68,46 @@ class Realisation:
                 f"the plan was made for another model ({plan.model.spec}, {plan.model.sha256[:12]}), not for "
                 f"{checkpoint.source.spec} ({checkpoint.content_hash[:12]}); give the model it names, or plan again"
             )
+        skeleton = checkpoint.skeleton
         if structure is None and any(entry.cuts for entry in plan.blocks):
-            structure = find_structure(checkpoint)
-        self.structure = structure
-        groups = structure.units if structure else []
-        count = len(checkpoint.skeleton.blocks)
-        if any(entry.block not in range(count) for entry in plan.blocks):
-            raise PlanError(f"the plan names blocks that the model, which has {count}, does not have")
-        self._groups = [[group for group in groups if group.block == index] for index in range(count)]
-        self._removals = [plan.removals(index, self._groups[index]) for index in range(count)]
+            structure = find_all_units(skeleton.model, skeleton.blocks_name)
+        self.structure = structure or Structure([], [])
+        self.cut: ModelCut = plan.cut(self.structure, len(skeleton.blocks))
         self._check_masks()
 
     def _check_masks(self) -> None:
         for entry in self.plan.blocks:
-            shapes = self.shapes_after[entry.block]
+            if not entry.masks:
+                continue
+            shapes = cut_shapes(self.checkpoint.skeleton.block_shapes(entry.block), self.cut.blocks[entry.block])
+            matrices = self.checkpoint.skeleton.prunable(entry.block)
             for name, masked in entry.masks.items():
-                if shapes.get(name) != tuple(masked.shape):
+                if name not in matrices or matrices[name].shape(shapes) != tuple(masked.shape):
                     raise PlanError(
                         f"the plan's mask of '{name}' in block {entry.block} does not have the weight's shape"
                     )
 
     def decision(self, index: int) -> BlockDecision:
         """What leaves block ``index``; its masks are unpacked anew each time, so that only one block's are in memory."""
-        return BlockDecision(self._removals[index], self.plan.masks(index))
-
-    @cached_property
-    def shapes_before(self) -> list[dict[str, tuple[int, ...]]]:
-        blocks = self.checkpoint.skeleton.blocks
-        return [{name: tuple(tensor.shape) for name, tensor in block.state_dict().items()} for block in blocks]
-
-    @cached_property
-    def shapes_after(self) -> list[dict[str, tuple[int, ...]]]:
-        return [
-            cut_shapes(shapes, removals) for shapes, removals in zip(self.shapes_before, self._removals, strict=True)
-        ]
+        masks = self.plan.masks(index)
+        matrices = self.checkpoint.skeleton.prunable(index) if masks else {}
+        return BlockDecision(self.cut.blocks[index], masks, matrices)
 
     @cached_property
     def output(self) -> OutputShape:
         """The config that says the new sizes."""
-        widths = [
-            min(member.index_UC.shape[1] for member in group.members)
-            for removals in self._removals
-            for group, removed in removals
-            if removed and group.kind in ("head", "query")
-        ]
-        model = self.checkpoint.skeleton.model
-        # An uneven model's class is made on the fly; its config names the family's.
-        own = is_uneven(self.checkpoint.config)
-        architecture = self.checkpoint.config.architectures[0] if own else type(model).__name__
-        found = output_shape(
-            self.checkpoint.config, architecture, self.shapes_before, self.shapes_after, min(widths, default=None)
-        )
+        found = output_shape(self.checkpoint.skeleton, self.cut, self.structure)
         found.config.dtype = self.checkpoint.dtype
         found.config._name_or_path = ""
         return found
 
     def specs(self) -> list[TensorSpec]:
         """Every tensor to be written, in the model's order."""
-        skeleton = self.checkpoint.skeleton
-        after = {
-            skeleton.block_prefix(index) + name: shape
-            for index, shapes in enumerate(self.shapes_after)
-            for name, shape in shapes.items()
-        }
-        stored = self.checkpoint.tensors
-        order = [name for name in skeleton.shapes() if name in stored]
-        return [TensorSpec(name, after.get(name, stored[name].shape), stored[name].dtype) for name in order]
+        stored, blocks_name = self.checkpoint.tensors, self.checkpoint.skeleton.blocks_name
+        dense = self.checkpoint.skeleton.shapes()
+        after = self.cut.shapes(dense, blocks_name)
+        renamed = ((name, self.cut.new_name(name, blocks_name)) for name in dense if name in stored)
+        return [TensorSpec(new, after[new], stored[name].dtype) for name, new in renamed if new is not None]
 
     def sizes(self) -> tuple[Sizes, Sizes]:
         """Before and after."""
@@ -133,28 +118,32 @@ class Realisation:
 
     def announce(self) -> None:
         """Say before anything is cut what will not load everywhere, and the nearest plan that does."""
-        if not self.output.uneven or self.structure is None:  # without a cut, blocks differ only as they did before
+        if not self.output.uneven:
             return
-        log.warning(
-            "UNEVEN: blocks keep different sizes, so plain transformers loads the result only with trust_remote_code=True "
-            "(secateur.load needs no such thing). The nearest plan that loads everywhere: --allocation uniform --unit %s "
-            "--ratio %.3f on all blocks.",
-            ",".join(self.plan.recipe.unit),
-            self._nearest_uniform_ratio(self.structure),
-        )
+        if self.output.form == "carved":
+            log.warning(
+                "CARVED: no config of this family says these sizes, so plain transformers loads the result only with "
+                "trust_remote_code=True (secateur.load needs no such thing)."
+            )
+        elif any(units for removals in self.cut.blocks for _, units in removals):  # else they differ as they did before
+            log.warning(
+                "UNEVEN: blocks keep different sizes, so plain transformers loads the result only with trust_remote_code=True "
+                "(secateur.load needs no such thing). The nearest plan that loads everywhere: --allocation uniform --unit %s "
+                "--ratio %.3f on all blocks.",
+                ",".join(self.plan.recipe.unit),
+                self._nearest_uniform_ratio(),
+            )
 
-    def _nearest_uniform_ratio(self, structure: Structure) -> float:
+    def _nearest_uniform_ratio(self) -> float:
         """The share of all blocks' parameters in these units that this plan takes, or what takes one unit at least."""
-        kinds = [kind for kind, (gone, _) in self.plan.removed_by_kind().items() if gone]
-        groups = [group for group in structure.units if group.kind in kinds]
-        each = [parameters_per_unit(group, self.shapes_before[group.block]) for group in groups]
-        there = sum(group.count * size for group, size in zip(groups, each, strict=True))
-        gone = sum(
-            len(units) * parameters_per_unit(group, self.shapes_before[group.block])
-            for removals in self._removals
-            for group, units in removals
-        )
-        smallest = min(1 / (group.count // group.families) for group in groups)
+        removals = [removal for block in self.cut.blocks for removal in block if removal[1]]
+        kinds = {group.kind for group, _ in removals}
+        groups = [group for group in self.structure.units if group.kind in kinds and group.members]
+        shapes = [self.checkpoint.skeleton.block_shapes(index) for index in range(len(self.cut.blocks))]
+        inside = [group for group in groups if group.block != OUTSIDE]
+        there = sum(group.count * parameters_per_unit(group, shapes[group.block]) for group in inside)
+        gone = sum(len(units) * parameters_per_unit(group, shapes[group.block]) for group, units in removals)
+        smallest = min(1 / (group.count // group.families) for group in inside)
         return math.ceil(1000 * max(gone / there, smallest)) / 1000
 
     def write(self, folder: Path) -> list[Path]:
@@ -164,7 +153,7 @@ class Realisation:
         specs = self.specs()
         writer = ShardWriter(folder, specs)
         try:
-            for tensors in track(self._tensors_in_order([s.name for s in specs]), "Writing", len(self._removals) + 2):
+            for tensors in track(self._tensors_in_order(), "Writing", len(self.cut.blocks) + 2):
                 writer.write(tensors)
             files = writer.close()
         finally:
@@ -176,23 +165,32 @@ class Realisation:
         write_manifest(folder, files)
         return files
 
-    def _tensors_in_order(self, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
-        """Tensors in the order of ``names``, a block at a time: an order of the model keeps each block together."""
-        skeleton = self.checkpoint.skeleton
-        owner = {
-            skeleton.block_prefix(index) + name: index
-            for index, shapes in enumerate(self.shapes_before)
-            for name in shapes
-        }
-        done: set[int] = set()
-        for name in names:
+    def _tensors_in_order(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Tensors under their new names in the order of ``specs``: what stands outside first to last, a block at a time."""
+        skeleton, done = self.checkpoint.skeleton, set()
+        owner = {skeleton.block_prefix(i) + name: i for i in self.cut.kept() for name in skeleton.block_names(i)}
+        inside = skeleton.blocks_name + "."
+        for name in skeleton.shapes():
             index = owner.get(name)
-            if index is None:
-                yield self.checkpoint.read([name])
-            elif index not in done:
+            if index is not None and index not in done:
                 done.add(index)
                 result = self.decision(index).carry_out(self.checkpoint.block_tensors(index))
-                yield {skeleton.block_prefix(index) + key: tensor for key, tensor in result.items()}
+                prefix = skeleton.block_prefix(self.cut.kept().index(index))
+                yield {prefix + key: tensor for key, tensor in result.items()}
+            elif not name.startswith(inside) and name in self.checkpoint.tensors:
+                yield self._outside_cut(name)
+
+    def _outside_cut(self, name: str) -> dict[str, torch.Tensor]:
+        """One tensor outside the blocks without the units that leave everywhere."""
+        return cut_tensors(self.checkpoint.read([name]), self._touching([name]))
+
+    def _touching(self, names: Collection[str]) -> list[Removal]:
+        """What leaves outside the blocks, as far as it is in these tensors; of tied ones only one is stored."""
+        parts = [
+            (replace(group, members=tuple(member for member in group.members if member.parameter in names)), units)
+            for group, units in self.cut.outside
+        ]
+        return [removal for removal in parts if removal[0].members]
 
     def verify(self, folder: Path) -> float:
         """Load ``folder`` in a fresh process; its logits must be those of the dense model with the same units masked.
@@ -201,8 +199,11 @@ class Realisation:
             the largest difference, as a share of the largest logit.
         """
         log.info("Checking the written model in a fresh process ...")
-        ids_BT = check_tokens(self.checkpoint)
-        expected = streamed_logits(self.checkpoint, ids_BT, self._masked_dense)
+        ids_BT, skeleton = check_tokens(self.checkpoint), self.checkpoint.skeleton
+        # Dropped blocks are made the identity here: a hook would hand on what the sweep's pass-throughs are given.
+        staying = replace(self.cut, dropped=())
+        with masked_out(skeleton.model, skeleton.blocks_name, staying), _handed_on(skeleton, self.cut.dropped):
+            expected = streamed_logits(self.checkpoint, ids_BT, self._masked_dense, self._masked_outside)
         return compare_logits(expected, fresh_logits(folder, ids_BT, remote_code=self.output.uneven or self._remote()))
 
     def _remote(self) -> bool:
@@ -210,6 +211,21 @@ class Realisation:
 
     def _masked_dense(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.decision(index).in_dense_shapes(tensors)
+
+    def _masked_outside(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return mask_tensors(tensors, self._touching(tensors.keys()))
+
+
+@contextmanager
+def _handed_on(skeleton: Skeleton, dropped: Sequence[int]) -> Iterator[None]:
+    """While the context lasts these blocks return what they are given."""
+    try:
+        for index in dropped:
+            skeleton.blocks[index].forward = lambda hidden, *args, **kwargs: hidden
+        yield
+    finally:
+        for index in dropped:
+            del skeleton.blocks[index].forward
 
 
 def check_tokens(checkpoint: Checkpoint) -> torch.Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -11,31 +10,25 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from secateur.criteria import Criterion, criterion_from
-from secateur.errors import RecipeError, reason_of, suggest
+from secateur.errors import RecipeError, suggest
+from secateur.quantities import NofM, Target, is_n_of_m, parse_bytes, parse_target
+from secateur.yamlfile import read_yaml
 
-CUT_KINDS = ("head", "query", "channel")
+CUT_KINDS = ("block", "hidden", "head", "query", "expert", "channel")
 """Units that are physically cut out, in the order they are decided."""
+
+SPANNING = ("block", "hidden")
+"""Units of the model as a whole: one choice, for which every block has to be scored first."""
+ROUNDED = ("channel", "hidden")
+"""Units whose number kept is rounded: widths of matrices."""
+
+PUBLISHED_ENDS = (4, 2)
+"""Blocks of LLaMA-7B's 32 that LLM-Pruner keeps whole at the start and at the end (methods §14.3)."""
 
 DEFAULT_CUT_RATIO = 0.2
 DEFAULT_MASK_RATIO = 0.5
 
 Reduce = Literal["sum", "mean", "max", "prod", "first", "last"]
-
-
-@dataclass(frozen=True)
-class NofM:
-    """Keep ``keep`` of every ``group`` consecutive inputs."""
-
-    keep: int
-    group: int
-
-    def __str__(self) -> str:
-        return f"{self.keep}:{self.group}"
-
-    @property
-    def ratio(self) -> float:
-        """The share of weights that leaves."""
-        return 1 - self.keep / self.group
 
 
 class Recipe(BaseModel):
@@ -44,10 +37,19 @@ class Recipe(BaseModel):
     Attributes:
         model: folder, GGUF file, hub id or ``smollm2``.
         criterion: ``name:option=value,...``.
-        unit: what leaves: ``weight`` or ``N:M``, and/or ``head``, ``query``, ``channel``.
-        ratio: share of units of each kind in each block (global: of prunable parameters) that leaves, in [0, 1).
+        unit: what leaves: ``weight`` or ``N:M``, and/or ``head``, ``query``, ``expert``, ``channel``, ``hidden``, ``block``.
+        ratio: share of units of each kind in each block (two-tier: in the model; global: of the parameters that the units
+            hold) that leaves, in [0, 1).
+        target: instead of a ratio, what remains of the whole model (``params=110M``, ``bytes=200MiB``) or how it changes
+            (``params=-20%``, ``macs=-20%``).
+        round_to: channels and hidden channels kept are rounded up to a multiple of this; the few heads are not.
         within: where single weights compete: a ``row``, a ``layer`` (one matrix), or the whole model (``global``).
-        allocation: ``uniform`` over blocks, or ``global`` over the model, scores taken per parameter.
+        allocation: ``uniform`` over blocks, ``two-tier`` (both ends kept whole, uniform between), or ``global`` over the
+            model, scores taken per parameter.
+        protect: two-tier: ``FIRST:LAST``, how many blocks at each end are kept whole; by default the published 4 and 2 of
+            32, scaled, at least one each.
+        rank: global: whether kinds of units are ranked ``together``, or ``apart``, each kind giving its own ratio.
+        steps: in how many rounds the ratio is reached, with fresh scores of what is left in each.
         reduce: how the members of a structured unit count together.
         propagate: whether blocks see ``dense`` or already ``pruned`` inputs; by default as the criterion was published.
         blocks: ``FIRST:LAST``, blocks that may be pruned, LAST excluded as in a Python slice.
@@ -67,8 +69,13 @@ class Recipe(BaseModel):
     criterion: str = "taylor"
     unit: tuple[str, ...] = ("channel",)
     ratio: float | None = Field(default=None, ge=0, lt=1)
+    target: str | None = None
+    round_to: int = Field(default=1, ge=1, le=65536)
     within: Literal["row", "layer", "global"] = "row"
-    allocation: Literal["uniform", "global"] = "uniform"
+    allocation: Literal["uniform", "two-tier", "global"] = "uniform"
+    protect: str | None = None
+    rank: Literal["together", "apart"] = "together"
+    steps: int = Field(default=1, ge=1, le=1000)
     reduce: Reduce = "sum"
     propagate: Literal["dense", "pruned"] | None = None
     blocks: str | None = None
@@ -98,11 +105,14 @@ class Recipe(BaseModel):
         if self.blocks is not None and not re.fullmatch(r"[0-9]*:[0-9]*", self.blocks):
             raise RecipeError(f"--blocks is FIRST:LAST such as 4:30, not '{self.blocks}'")
         self._check_units()
+        self._check_masks()
+        self._check_amounts()
+        self._check_allocation()
         if self.propagate is None:
             object.__setattr__(self, "propagate", "dense" if self.is_global else criterion.propagation)
         if self.is_global and self.propagate == "pruned":
             raise RecipeError(
-                "a global choice needs every block's score before anything leaves; use --propagate dense with it"
+                "a choice over the whole model needs every block's score before anything leaves; use --propagate dense with it"
             )
         return self
 
@@ -111,28 +121,68 @@ class Recipe(BaseModel):
             raise RecipeError("--unit is empty; name at least one unit, for example channel")
         patterns = [unit for unit in self.unit if unit == "weight" or ":" in unit]
         for unit in self.unit:
-            if unit not in (*CUT_KINDS, "weight") and not _is_n_of_m(unit):
+            if unit not in (*CUT_KINDS, "weight") and not is_n_of_m(unit):
                 known = [*CUT_KINDS, "weight", "2:4"]
                 raise RecipeError(f"there is no unit '{unit}'{suggest(unit, known)}; N:M keeps N of every M, 0 < N < M")
         if len(set(self.unit)) != len(self.unit):
             raise RecipeError(f"--unit names a unit twice: {','.join(self.unit)}")
         if len(patterns) > 1:
             raise RecipeError(f"{' and '.join(patterns)} cannot go together: one mask pattern at a time")
+
+    def _check_masks(self) -> None:
         pattern = self.n_of_m
         if pattern and self.ratio is not None and abs(self.ratio - pattern.ratio) > 1e-9 and not self.cut_kinds:
             raise RecipeError(
                 f"{pattern} removes {pattern.ratio:g} of the weights by itself; leave --ratio {self.ratio:g} out"
             )
-        if "query" in self.cut_kinds and self.allocation == "global":
-            raise RecipeError(
-                "query heads leave every group in equal number, so they have no global choice; use --allocation uniform"
-            )
-        if self.within != "row" and self.n_of_m:
+        if self.within != "row" and pattern:
             raise RecipeError(f"N:M is chosen within every group of M; leave --within {self.within} out")
         if self.within == "global" and self.cut_kinds and self.masks_weights:
             raise RecipeError(
                 "--within global chooses over the whole model before anything is cut; cut and mask in two runs"
             )
+
+    def _check_amounts(self) -> None:
+        if self.target is not None:
+            parse_target(self.target)
+            if self.ratio is not None:
+                raise RecipeError(f"--target {self.target} says how much leaves; leave --ratio {self.ratio:g} out")
+            if not self.cut_kinds:
+                raise RecipeError("--target is about what is cut, and zeros take no room away; give --ratio instead")
+        if self.round_to > 1 and not any(kind in ROUNDED for kind in self.cut_kinds):
+            raise RecipeError(f"--round-to {self.round_to} is for channel and hidden units; leave it out")
+        if self.steps > 1 and (self.masks_weights or not self.cut_kinds):
+            raise RecipeError("--steps is for units that are cut; masks are chosen in one step, so leave it out")
+
+    def _check_allocation(self) -> None:
+        spread = self.allocation
+        if "query" in self.cut_kinds and spread == "global":
+            raise RecipeError(
+                "query heads leave every group in equal number, so they have no global choice; use --allocation uniform"
+            )
+        if spread == "global" and self.rank == "together" and not _apart_from_each_other(self.cut_kinds):
+            raise RecipeError(
+                f"{' and '.join(self.cut_kinds)} units hold parameters of each other, so one ranking would count them twice; "
+                "use --rank apart"
+            )
+        if "hidden" in self.cut_kinds and self.blocks is not None:
+            raise RecipeError("hidden channels run through all blocks; leave --blocks out")
+        if "hidden" in self.cut_kinds and spread == "two-tier":
+            raise RecipeError(
+                "hidden channels run through all blocks, so no end can be kept whole; use another --allocation"
+            )
+        if spread == "two-tier" and self.blocks is not None:
+            raise RecipeError(
+                "--allocation two-tier names the blocks itself; say --protect FIRST:LAST instead of --blocks"
+            )
+        if spread == "two-tier" and not self.cut_kinds:
+            raise RecipeError("--allocation two-tier is for units that are cut; limit masks with --blocks")
+        if self.protect is not None and spread != "two-tier":
+            raise RecipeError("--protect keeps the ends whole under --allocation two-tier; add that, or leave it out")
+        if self.protect is not None and not re.fullmatch(r"[0-9]+:[0-9]+", self.protect):
+            raise RecipeError(f"--protect is FIRST:LAST, two numbers of blocks such as 4:2, not '{self.protect}'")
+        if self.rank == "apart" and spread != "global":
+            raise RecipeError("--rank is about --allocation global; add that, or leave it out")
 
     @property
     def cut_kinds(self) -> tuple[str, ...]:
@@ -152,9 +202,8 @@ class Recipe(BaseModel):
     @property
     def is_global(self) -> bool:
         """Whether the choice in one block depends on the scores in others."""
-        return (self.allocation == "global" and bool(self.cut_kinds)) or (
-            self.masks_weights and self.within == "global"
-        )
+        spans = self.allocation == "global" or any(kind in SPANNING for kind in self.cut_kinds)
+        return (spans and bool(self.cut_kinds)) or (self.masks_weights and self.within == "global")
 
     @property
     def cut_ratio(self) -> float:
@@ -172,6 +221,10 @@ class Recipe(BaseModel):
     def memory_bytes(self) -> int:
         return parse_bytes(self.memory)
 
+    def parsed_target(self) -> Target | None:
+        """The target, where one was given."""
+        return None if self.target is None else parse_target(self.target)
+
     def parsed_criterion(self) -> Criterion:
         """The criterion with its options."""
         return criterion_from(self.criterion)
@@ -188,6 +241,23 @@ class Recipe(BaseModel):
             raise RecipeError(f"--blocks {self.blocks} names no blocks of this model, which has 0:{count}")
         return chosen
 
+    def middle(self, count: int) -> range:
+        """The blocks between the ends that two-tier keeps whole, of a model with ``count``.
+
+        Raises:
+            RecipeError: nothing is between them.
+        """
+        if self.protect is None:
+            first, last = (max(1, round(count * share / 32)) for share in PUBLISHED_ENDS)
+        else:
+            first, last = map(int, self.protect.split(":"))
+        if first + last >= count:
+            raise RecipeError(
+                f"--allocation two-tier keeps {first} and {last} blocks at the ends whole, and the model has only {count}; "
+                "give a smaller --protect FIRST:LAST"
+            )
+        return range(first, count - last)
+
     def to_yaml(self) -> str:
         """Readable YAML, from which ``recipe_from`` gives the same recipe."""
         content = self.model_dump(mode="json")
@@ -195,22 +265,9 @@ class Recipe(BaseModel):
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _is_n_of_m(unit: str) -> bool:
-    match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", unit)
-    return match is not None and 0 < int(match[1]) < int(match[2])
-
-
-def parse_bytes(text: str) -> int:
-    """``"4GiB" -> 4294967296``; plain numbers are bytes.
-
-    Raises:
-        RecipeError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?B?)\s*", text, flags=re.IGNORECASE)
-    if match is None:
-        raise RecipeError(f"'{text}' is not a size; write for example 512MiB or 4GiB")
-    base = 1024 if "i" in match[3].lower() or not match[3] else 1000
-    return int(float(match[1]) * base ** ("", "K", "M", "G", "T").index(match[2].upper()))
+def _apart_from_each_other(kinds: tuple[str, ...]) -> bool:
+    """Whether no parameter belongs to units of two of these kinds."""
+    return len(kinds) < 2 or not (set(kinds) & set(SPANNING) or {"expert", "channel"} <= set(kinds))
 
 
 def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
@@ -221,7 +278,7 @@ def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
     """
     content: dict[str, Any] = {}
     if file is not None:
-        content = _read_yaml(file)
+        content = read_yaml(file)
     content.update({key: value for key, value in given.items() if value is not None})
     for key in map(str, content):
         if key not in Recipe.model_fields:
@@ -232,36 +289,6 @@ def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
         return Recipe(**content)
     except ValidationError as error:
         raise RecipeError(_sentence(error)) from error
-
-
-class _PlainNumbers(yaml.SafeLoader):
-    """YAML 1.1 reads 4:30 and 2:4 as numbers to the base of sixty; here they are what they look like."""
-
-
-_PlainNumbers.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
-    ]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_PlainNumbers.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
-_PlainNumbers.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?$"),
-    list("-+.0123456789"),
-)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_PlainNumbers)
-    except FileNotFoundError as error:
-        raise RecipeError(f"there is no recipe at {file}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{file} is not readable YAML: {reason_of(error)}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{file} is not a recipe: it has to be a YAML mapping of fields such as 'model: smollm2'")
-    return content
 
 
 def _sentence(error: ValidationError) -> str:

@@ -19,7 +19,7 @@ from secateur.checkpoint.reader import open_checkpoint
 from secateur.console import log
 from secateur.errors import OutputError, PlanError, SecateurError, reason_of
 from secateur.files import cache_folder, full_disk_is_an_error, write_json
-from secateur.planning import Planner, default_workplace
+from secateur.planning import Planner, Workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
 from secateur.recipe import Recipe
@@ -61,9 +61,9 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
     root = cache_folder()  # not the system's folder for temporary files, which may be memory
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="plan-", dir=root) as scratch, full_disk_is_an_error(Path(scratch)):
-        planner = Planner(checkpoint, recipe, default_workplace(Path(scratch)))
+        planner = Planner(checkpoint, recipe, Workplace(Path(scratch), root))
         plan = planner.plan()
-    realisation = Realisation(checkpoint, plan, planner.structure if recipe.cut_kinds else None)
+    realisation = Realisation(checkpoint, plan, planner.structure)
     realisation.announce()
     before, after = realisation.sizes()
     record = _plan_record(plan, realisation) | {"seconds": round(time.monotonic() - started, 2)}
@@ -98,9 +98,9 @@ def prune(
     check_free(out, overwrite)
     with timed_run(out, overwrite, identity) as (partial, record):
         with _stage(record, "choosing"):
-            planner = Planner(checkpoint, recipe, default_workplace(partial / "scratch"))
+            planner = Planner(checkpoint, recipe, Workplace(partial / "scratch", cache_folder()))
             plan = planner.plan()
-        structure = planner.structure if recipe.cut_kinds else None
+        structure = planner.structure
         _carry_out(Realisation(checkpoint, plan, structure), partial, record, evaluate_on)
     return finished(out, record, push_to_hub)
 
@@ -170,9 +170,9 @@ def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], 
     record |= _plan_record(plan, realisation)
     with _stage(record, "checking"):
         record["logits_difference"] = realisation.verify(partial)
-    groups = realisation.structure.units if realisation.structure else None
-    blocks = recipe.block_range(len(realisation.shapes_before))
-    after = count_folder(partial, groups, recipe.n_of_m, blocks, recipe.trust_remote_code)
+    groups = realisation.structure.units or None
+    blocks = recipe.block_range(len(realisation.cut.blocks))
+    after = count_folder(partial, groups, recipe.n_of_m, blocks, recipe.trust_remote_code, realisation.cut.kept())
     before = count_checkpoint(realisation.checkpoint, groups)
     if after.valid_n_of_m is False:
         raise OutputError(

@@ -1,7 +1,20 @@
 """How much leaves from where, one file a policy."""
 
-from secateur.allocation.across_blocks import global_units
+from secateur.allocation.across_blocks import Ranking
+from secateur.allocation.budget import CostModel
+from secateur.allocation.pools import Pool, leave_everywhere, pools_of
 from secateur.allocation.threshold import exact_threshold
-from secateur.allocation.uniform import uniform_units
+from secateur.allocation.two_tier import two_tier_amounts
+from secateur.allocation.uniform import lowest_units, uniform_amounts
 
-__all__ = ["exact_threshold", "global_units", "uniform_units"]
+__all__ = [
+    "CostModel",
+    "Pool",
+    "Ranking",
+    "exact_threshold",
+    "leave_everywhere",
+    "lowest_units",
+    "pools_of",
+    "two_tier_amounts",
+    "uniform_amounts",
+]

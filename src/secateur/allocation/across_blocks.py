@@ -2,38 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from secateur.structure.units import UnitGroup
+from secateur.allocation.pools import Chosen, Key, Pool
 
 
-def global_units(
-    groups: Sequence[UnitGroup], scores: Sequence[torch.Tensor], parameters: Sequence[int], ratio: float
-) -> list[list[int]]:
-    """Choose over all groups at once the units whose loss costs least a parameter.
+class Ranking:
+    """All units of several pools by score a parameter, so that heads and channels can be compared.
 
-    Scores are divided by the parameters a unit holds, so that heads and channels can be compared (the published code
-    compares them raw, methods §14.3). Units leave, lowest first, as long as the parameters gone stay within ``ratio`` of
-    all parameters that the groups hold. Every group keeps at least one unit.
+    (The published code compares them raw, methods §14.3.)
 
     Args:
-        scores: ``(U,)`` a group.
-        parameters: how many parameters one unit of each group holds.
+        scores: ``(U,)`` a pool.
+        sizes: how many parameters each unit of a pool holds, ``(U,)``.
 
-    Returns:
-        for each group the units that leave, ascending.
+    Attributes:
+        total: parameters of all units that may leave.
     """
-    budget = int(ratio * sum(group.count * each for group, each in zip(groups, parameters, strict=True)))
-    score = torch.cat([s.double() / each for s, each in zip(scores, parameters, strict=True)])
-    owner = torch.cat([torch.full((group.count,), number) for number, group in enumerate(groups)])
-    unit = torch.cat([torch.arange(group.count) for group in groups])
-    removed: list[list[int]] = [[] for _ in groups]
-    for position in torch.sort(score, stable=True).indices.tolist():
-        number = int(owner[position])
-        if parameters[number] > budget or len(removed[number]) + 1 >= groups[number].count:
-            continue
-        budget -= parameters[number]
-        removed[number].append(int(unit[position]))
-    return [sorted(units) for units in removed]
+
+    def __init__(
+        self, pools: Sequence[Pool], scores: Mapping[Key, torch.Tensor], sizes: Mapping[Key, torch.Tensor]
+    ) -> None:
+        self._pools = list(pools)
+        may = [torch.tensor(pool.may_leave, dtype=torch.int64) for pool in pools]
+        size = [sizes[pool.key][units] for pool, units in zip(pools, may, strict=True)]
+        score = [scores[pool.key].double()[units] / s for pool, units, s in zip(pools, may, size, strict=True)]
+        owner = [torch.full((len(units),), number) for number, units in enumerate(may)]
+        order = torch.sort(torch.cat(score), stable=True).indices
+        self._entries = [torch.cat(part)[order].tolist() for part in (owner, may, size)]
+        self.total = int(sum(self._entries[2]))
+
+    def take(self, budget: int) -> Chosen:
+        """The units that leave, lowest first, as long as the parameters gone stay within ``budget``.
+
+        Every pool keeps as many as have to stay.
+        """
+        taken: list[list[int]] = [[] for _ in self._pools]
+        most = [pool.most for pool in self._pools]
+        for number, unit, size in zip(*self._entries, strict=True):
+            if size <= budget and len(taken[number]) < most[number]:
+                budget -= size
+                taken[number].append(unit)
+        return {pool.key: sorted(units) for pool, units in zip(self._pools, taken, strict=True)}

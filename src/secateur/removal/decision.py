@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from secateur.structure import UnitGroup, cut_tensors, mask_tensors
+from secateur.checkpoint.matrices import BlockMatrices
+from secateur.structure import OUTSIDE, ModelCut, UnitGroup, cut_tensors, mask_tensors
+from secateur.structure.cutting import Removal
 
 Removals = list[tuple[UnitGroup, list[int]]]
+"""For each group of structured units in one block, or outside of them, the units that leave."""
+
+
+def model_cut(everywhere: Mapping[int, Sequence[Removal]], blocks: int) -> ModelCut:
+    """What leaves a model of so many blocks, from what leaves each of them and (``OUTSIDE``) the rest."""
+    outside = everywhere.get(OUTSIDE, [])
+    return ModelCut(
+        blocks=tuple(everywhere.get(index, []) for index in range(blocks)),
+        outside=tuple(removal for removal in outside if removal[0].kind != "block"),
+        dropped=tuple(sorted(unit for group, units in outside if group.kind == "block" for unit in units)),
+    )
 
 
 @dataclass(frozen=True)
@@ -18,35 +31,53 @@ class BlockDecision:
 
     Attributes:
         removals: for each group of structured units, the units that leave.
-        masks: by parameter name, what stays of the matrix *after* the cut, ``(O', I')`` boolean.
+        masks: by the matrix's name, what stays of it *after* the cut, ``(O', I')`` boolean.
+        matrices: how the block keeps the matrices that ``masks`` names.
     """
 
-    removals: Removals = field(default_factory=list)
+    removals: Sequence[Removal] = ()
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    matrices: BlockMatrices = field(default_factory=dict)
 
     def carry_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's tensors as they will be written: cut, then masked; dtypes stay."""
         result = cut_tensors(dict(tensors), self.removals)
-        for name, mask_OI in self.masks.items():
-            result[name] = result[name].masked_fill(~mask_OI, 0)
+        for name in self._own_copies(result):
+            matrix = self.matrices[name]
+            if matrix.expert is not None:
+                experts = self._stays(matrix.parameter, 0, len(tensors[matrix.parameter]))
+                matrix = replace(matrix, expert=int(experts[: matrix.expert].sum()))
+            matrix.of(result).masked_fill_(~self.masks[name], 0)
         return result
 
     def in_dense_shapes(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The block's tensors in their old shapes with the same function: what is cut is zeroed where it is read."""
         result = mask_tensors(dict(tensors), self.removals)
-        for name, mask_OI in self.masks.items():
-            weight_OI = result[name].clone()
-            rows, columns = self.survivors(name, weight_OI.shape)
-            weight_OI[rows[:, None], columns] = weight_OI[rows[:, None], columns].masked_fill(~mask_OI, 0)
-            result[name] = weight_OI
+        for name in self._own_copies(result):
+            weight_OI, (rows, columns) = self.matrices[name].of(result), self.survivors(name, tensors)
+            weight_OI[rows[:, None], columns] = weight_OI[rows[:, None], columns].masked_fill(~self.masks[name], 0)
         return result
 
-    def survivors(self, name: str, shape: torch.Size | tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows and columns of the matrix ``name`` (of the dense ``shape``) that are left after the cut."""
-        stays = [torch.ones(size, dtype=torch.bool) for size in shape]
+    def _own_copies(self, result: dict[str, torch.Tensor]) -> list[str]:
+        """The names of the masks, once the parameters that they change are no longer anyone else's."""
+        for parameter in {self.matrices[name].parameter for name in self.masks}:
+            result[parameter] = result[parameter].clone()
+        return list(self.masks)
+
+    def survivors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and columns of the matrix ``name`` that are left after the cut; none of an expert that leaves."""
+        matrix = self.matrices[name]
+        shape = tensors[matrix.parameter].shape
+        first, second = (self._stays(matrix.parameter, dim, shape[dim]) for dim in (len(shape) - 2, len(shape) - 1))
+        if matrix.expert is not None and not self._stays(matrix.parameter, 0, shape[0])[matrix.expert]:
+            first, second = torch.zeros_like(first), torch.zeros_like(second)
+        rows, columns = (second, first) if matrix.transposed else (first, second)
+        return torch.nonzero(rows).reshape(-1), torch.nonzero(columns).reshape(-1)
+
+    def _stays(self, parameter: str, dim: int, size: int) -> torch.Tensor:
+        stays = torch.ones(size, dtype=torch.bool)
         for group, units in self.removals:
             for member in group.members:
-                if member.parameter == name and units:
-                    stays[member.dim][torch.as_tensor(member.index_UC[units].reshape(-1))] = False
-        rows, columns = (torch.nonzero(dim).reshape(-1) for dim in stays)
-        return rows, columns
+                if (member.parameter, member.dim) == (parameter, dim) and len(units):
+                    stays[torch.as_tensor(member.index_UC[list(units)].reshape(-1))] = False
+        return stays

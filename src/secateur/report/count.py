@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from secateur.checkpoint.matrices import BlockMatrix
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.console import track
 from secateur.errors import StructureError
-from secateur.recipe import NofM
-from secateur.structure import UnitGroup, find_all_units
+from secateur.quantities import NofM
+from secateur.structure import OUTSIDE, UnitGroup, find_all_units
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,10 @@ def count_folder(
     n_of_m: NofM | None = None,
     blocks: range | None = None,
     trust_remote_code: bool = False,
+    kept: Sequence[int] | None = None,
 ) -> Count:
     """Open ``folder`` anew and count."""
-    return count_checkpoint(open_checkpoint(str(folder), trust_remote_code), groups, n_of_m, blocks)
+    return count_checkpoint(open_checkpoint(str(folder), trust_remote_code), groups, n_of_m, blocks, kept)
 
 
 def count_checkpoint(
@@ -57,36 +59,41 @@ def count_checkpoint(
     groups: Sequence[UnitGroup] | None = None,
     n_of_m: NofM | None = None,
     blocks: range | None = None,
+    kept: Sequence[int] | None = None,
 ) -> Count:
     """Count what ``checkpoint`` stores; one block in memory.
 
     Args:
         groups: the dense model's units, whose widths tell how many are left; None finds the model's own.
         n_of_m: a pattern to check, in ``blocks`` (None: everywhere).
+        kept: where blocks have left, the dense numbers of those that stay; ``groups`` and ``blocks`` use these.
     """
     skeleton = checkpoint.skeleton
+    kept = range(len(skeleton.blocks)) if kept is None else kept
     zeros = prunable = 0
     valid = None if n_of_m is None else True
     for index in track(range(len(skeleton.blocks)), "Counting what was written"):
-        names = [skeleton.block_prefix(index) + name for name in _prunable(checkpoint, index)]
-        for weight_OI in checkpoint.read(names).values():
+        prefix, matrices = skeleton.block_prefix(index), _prunable(checkpoint, index)
+        stored = checkpoint.read({prefix + matrix.parameter for matrix in matrices})
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+        for weight_OI in (matrix.of(tensors) for matrix in matrices):
             prunable += weight_OI.numel()
             zeros += int((weight_OI == 0).sum())
-            if n_of_m is not None and (blocks is None or index in blocks):
+            if n_of_m is not None and (blocks is None or kept[index] in blocks):
                 valid = valid and _keeps_at_most(weight_OI, n_of_m.keep, n_of_m.group)
     return Count(
         parameters=checkpoint.parameters(),
         bytes=sum(tensor.bytes for tensor in checkpoint.tensors.values()),
         zeros=zeros,
         prunable=prunable,
-        units=_units(checkpoint, groups),
+        units=_units(checkpoint, groups, kept),
         valid_n_of_m=valid,
     )
 
 
-def _prunable(checkpoint: Checkpoint, index: int) -> list[str]:
+def _prunable(checkpoint: Checkpoint, index: int) -> list[BlockMatrix]:
     try:
-        return list(checkpoint.skeleton.prunable(index))
+        return list(checkpoint.skeleton.prunable(index).values())
     except StructureError:
         return []
 
@@ -95,16 +102,21 @@ def _keeps_at_most(weight_OI: torch.Tensor, keep: int, group: int) -> bool:
     return weight_OI.shape[1] % group == 0 and int((weight_OI.reshape(-1, group) != 0).sum(dim=1).max()) <= keep
 
 
-def _units(checkpoint: Checkpoint, groups: Sequence[UnitGroup] | None) -> dict[str, int]:
+def _units(checkpoint: Checkpoint, groups: Sequence[UnitGroup] | None, kept: Sequence[int]) -> dict[str, int]:
     """Units by kind, from the stored shapes: a unit's narrowest member is owned by nothing but the unit."""
+    skeleton = checkpoint.skeleton
     if groups is None:
         try:
-            groups = find_all_units(checkpoint.skeleton.model, checkpoint.skeleton.blocks_name).units
+            groups = find_all_units(skeleton.model, skeleton.blocks_name).units
         except StructureError:  # masks need no structure: a model that cannot be traced can still be masked
             return {}
     counts: Counter[str] = Counter()
     for group in groups:
-        narrowest = min(group.members, key=lambda member: member.index_UC.shape[1])
-        stored = checkpoint.tensors[checkpoint.skeleton.block_prefix(group.block) + narrowest.parameter]
-        counts[group.kind] += stored.shape[narrowest.dim] // narrowest.index_UC.shape[1]
+        if group.kind == "block":
+            counts["block"] = len(kept)
+        elif group.block == OUTSIDE or (group.kind != "hidden" and group.block in kept):  # hidden: once for all
+            prefix = "" if group.block == OUTSIDE else skeleton.block_prefix(kept.index(group.block))
+            narrowest = min(group.members, key=lambda member: member.index_UC.shape[1])
+            stored = checkpoint.tensors[prefix + narrowest.parameter]
+            counts[group.kind] += stored.shape[narrowest.dim] // narrowest.index_UC.shape[1]
     return dict(counts)

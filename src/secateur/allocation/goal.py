@@ -1,0 +1,91 @@
+"""How much has to leave, whether asked as a ratio or as a target, in one round or a part of it in each of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from secateur.allocation.pools import Key
+from secateur.errors import RecipeError
+from secateur.quantities import Target
+from secateur.structure import OUTSIDE
+
+HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class Goal:
+    """One of three: a number for each pool, parameters that each ranking keeps, or what remains of the model.
+
+    Attributes:
+        leaving: how many units leave each family of each pool.
+        kept: for each ranking how many parameters its units hold in the dense model, and how many they keep at least.
+        remains: of the target's measure, what the dense model has, and the most that may remain.
+    """
+
+    leaving: dict[Key, int] = field(default_factory=dict)
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
+    remains: tuple[int, int] | None = None
+
+    def part(self, step: int, steps: int, blocks: Sequence[int]) -> Goal:
+        """What round ``step`` (from 1) of ``steps`` takes of a model that still has ``blocks`` (dense numbers).
+
+        The schedule is linear in the dense model's counts, as LLM-Pruner's iterative steps are.
+        """
+        number = {old: new for new, old in enumerate(blocks)} | {OUTSIDE: OUTSIDE}
+        return replace(
+            self,
+            leaving={
+                (kind, number[block], module): count * step // steps - count * (step - 1) // steps
+                for (kind, block, module), count in self.leaving.items()
+                if block in number
+            },
+            kept={name: (dense, dense - (dense - left) * step // steps) for name, (dense, left) in self.kept.items()},
+            remains=self.remains
+            and (self.remains[0], self.remains[0] - (self.remains[0] - self.remains[1]) * step // steps),
+        )
+
+
+@dataclass(frozen=True)
+class Solved:
+    """How a target was met.
+
+    Attributes:
+        share: the common ratio found.
+        reached: of the measure.
+        before: what the next smaller choice would leave: more than the target allows.
+    """
+
+    share: float
+    reached: int
+    before: int
+
+
+def solve(target: Target, at_most: int, cost: Callable[[float], int], units: str) -> Solved:
+    """The smallest share whose model costs at most ``at_most``.
+
+    Args:
+        cost: of the model out of which this share, from 0 to 1, has left; what cannot leave stays.
+        units: what may leave, for the message.
+
+    Raises:
+        RecipeError: the model is that small already, or cannot become so; the message names the smallest reachable.
+    """
+    dense, smallest = cost(0.0), cost(1.0)
+    if dense <= at_most:
+        raise RecipeError(
+            f"the model has {target.describe(dense)} already, and the target is {target.describe(at_most)}: nothing has to leave"
+        )
+    if smallest > at_most:
+        raise RecipeError(
+            f"{target.describe(at_most)} cannot be reached with {units} units: the smallest is {target.describe(smallest)}; "
+            "give a larger --target or more kinds of --unit"
+        )
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        if cost(middle) <= at_most:
+            high = middle
+        else:
+            low = middle
+    return Solved(high, cost(high), cost(low))

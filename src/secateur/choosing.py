@@ -1,0 +1,307 @@
+"""From scores of units to what leaves: how much is asked for, spread by the recipe's policy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from secateur.allocation import (
+    CostModel,
+    Pool,
+    Ranking,
+    leave_everywhere,
+    lowest_units,
+    pools_of,
+    two_tier_amounts,
+    uniform_amounts,
+)
+from secateur.allocation.goal import Goal, Solved, solve
+from secateur.allocation.pools import Chosen, Key
+from secateur.allocation.two_tier import check_middle
+from secateur.allocation.uniform import check_share, rounded
+from secateur.checkpoint.reader import Checkpoint
+from secateur.console import log
+from secateur.errors import RecipeError
+from secateur.recipe import SPANNING, Recipe
+from secateur.removal.decision import Removals
+from secateur.scoring import unit_key
+from secateur.structure import Structure, UnitGroup
+
+ScoresOf = Callable[[int], Mapping[str, torch.Tensor]]
+"""The stored scores of one block."""
+
+Amounts = Mapping[Key, int]
+"""How many units leave each family of each pool."""
+
+
+class Chooser:
+    """Chooses the units of one model that leave.
+
+    Args:
+        structure: all units of the model.
+        goal: what a round of several takes; None takes all that the recipe asks for.
+
+    Attributes:
+        pools: what there is to choose from, in the order in which it is decided.
+        notes: what the target and the rounding came to, for the record.
+
+    Raises:
+        RecipeError: the model does not have what the recipe asks for, or cannot give so much of it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, structure: Structure, recipe: Recipe, goal: Goal | None = None) -> None:
+        self.checkpoint, self.structure, self.recipe = checkpoint, structure, recipe
+        count = len(checkpoint.skeleton.blocks)
+        self.blocks = recipe.block_range(count)
+        middle = recipe.middle(count) if recipe.allocation == "two-tier" else self.blocks
+        self.pools = [pool for kind in recipe.cut_kinds for pool in self._pools(kind, middle)]
+        self.notes: dict[str, Any] = {}
+        self._given = goal
+        if goal is None and recipe.target is None:
+            self._check_ratio()
+
+    def _pools(self, kind: str, blocks: range) -> list[Pool]:
+        pools = pools_of(self.structure, kind, blocks)
+        if not pools:
+            raise RecipeError(self._no_such_unit(kind))
+        return pools
+
+    def _no_such_unit(self, kind: str) -> str:
+        there = ", ".join(sorted({group.kind for group in self.structure.units})) or "none"
+        reason = next((f": {refusal.reason}" for refusal in self.structure.refused if refusal.kind == kind), "")
+        if kind == "query" and not reason:
+            reason = ": it has one query head for each KV head, so use head"
+        return f"{self.recipe.model} has no '{kind}' units that can be cut{reason} (it has: {there})"
+
+    def groups(self, block: int) -> list[UnitGroup]:
+        """The groups of one block that have to be scored."""
+        return [group for pool in self.pools for group in pool.groups if group.block == block]
+
+    def _check_ratio(self) -> None:
+        if self.recipe.allocation == "two-tier":
+            check_middle(self.pools, self._everywhere, self.recipe.cut_ratio)
+        elif self.recipe.allocation == "uniform":
+            check_share(self.pools, self.recipe.cut_ratio)
+
+    @cached_property
+    def _everywhere(self) -> list[Pool]:
+        """The pools of all blocks, protected ones too: what a ratio of the whole model is a share of."""
+        count = len(self.checkpoint.skeleton.blocks)
+        return [pool for kind in self.recipe.cut_kinds for pool in pools_of(self.structure, kind, range(count))]
+
+    @cached_property
+    def costs(self) -> CostModel:
+        return CostModel(self.checkpoint, self.structure)
+
+    # -- how much
+
+    def goal(self) -> Goal:
+        """What is asked for altogether, before anything is scored.
+
+        Raises:
+            RecipeError: a target cannot be met.
+        """
+        if self._given is not None:
+            return self._given
+        if self.recipe.allocation != "global":
+            return Goal(leaving=dict(self.amounts()))
+        target = self.recipe.parsed_target()
+        if target is not None:
+            dense = self.costs.after({}).of(target.measure)
+            return Goal(remains=(dense, target.of(dense)))
+        totals = {
+            name: sum(int(self._sizes(pool)[list(pool.may_leave)].sum()) for pool in pools)
+            for name, pools in self._rankings().items()
+        }
+        return Goal(kept={name: (total, total - int(self.recipe.cut_ratio * total)) for name, total in totals.items()})
+
+    def amounts(self, scores: Mapping[Key, torch.Tensor] | None = None) -> Amounts:
+        """Under a policy that says how much each pool gives: how many units of every family.
+
+        Scores matter only for a target when whole blocks of different sizes leave.
+        """
+        if self._given is not None:
+            return self._given.leaving
+        share = self.recipe.cut_ratio
+        target = self.recipe.parsed_target()
+        if target is not None:
+            at_most = target.of(self.costs.after({}).of(target.measure))
+            share = self._solve(at_most, lambda trial: self._lowest(self._spread(trial), scores))
+        amounts = self._spread(share)
+        if self.recipe.round_to > 1:
+            self._note_rounding(self._lowest(self._spread(share, 1), scores), self._lowest(amounts, scores))
+        return amounts
+
+    def _spread(self, share: float, round_to: int | None = None) -> Amounts:
+        round_to = self.recipe.round_to if round_to is None else round_to
+        if self.recipe.allocation == "two-tier":
+            return two_tier_amounts(self.pools, self._everywhere, share, round_to)
+        return uniform_amounts(self.pools, share, round_to)
+
+    def _lowest(self, amounts: Amounts, scores: Mapping[Key, torch.Tensor] | None) -> Chosen:
+        """The lowest units; where there are no scores yet, the first of them, which leave the same sizes."""
+        blank = {pool.key: torch.zeros(pool.groups[0].count) for pool in self.pools} if scores is None else scores
+        return {
+            pool.key: lowest_units(pool, blank[pool.key], amounts[pool.key])
+            for pool in self.pools
+            if pool.key in amounts
+        }
+
+    def _solve(self, at_most: int, choose: Callable[[float], Chosen]) -> float:
+        target = self.recipe.parsed_target()
+        assert target is not None
+
+        def cost(share: float) -> int:
+            return self.costs.after(leave_everywhere(self.pools, choose(share) if share else {})).of(target.measure)
+
+        solved = solve(target, at_most, cost, " and ".join(self.recipe.cut_kinds))
+        if self._given is None:
+            self._note_target(at_most, solved)
+        return solved.share
+
+    # -- which
+
+    def choose(self, scores_of: ScoresOf) -> dict[int, Removals]:
+        """What leaves each block and, under ``OUTSIDE``, the rest; every block has been scored."""
+        scores = self._pool_scores(scores_of)
+        chosen = (
+            self._choose_globally(scores)
+            if self.recipe.allocation == "global"
+            else self._lowest(self.amounts(scores), scores)
+        )
+        return leave_everywhere(self.pools, chosen)
+
+    def choose_in(self, block: int, scores: Mapping[str, torch.Tensor]) -> Removals:
+        """What leaves one block, by a policy that needs no other block's scores."""
+        return [
+            (pool.groups[0], lowest_units(pool, scores[unit_key(pool.groups[0])], self._amounts_once[pool.key]))
+            for pool in self.pools
+            if pool.block == block
+        ]
+
+    @cached_property
+    def _amounts_once(self) -> Amounts:
+        return self.amounts()
+
+    def foreseen(self) -> dict[int, Removals]:
+        """The sizes that will be left, before anything is scored: as many units as will leave, the first ones."""
+        return leave_everywhere(self.pools, self._lowest(self._amounts_once, None))
+
+    def _pool_scores(self, scores_of: ScoresOf) -> dict[Key, torch.Tensor]:
+        scores = {pool.key: torch.zeros(pool.groups[0].count, dtype=torch.float64) for pool in self.pools}
+        for block in self.blocks:
+            own = scores_of(block) if self.pools else {}
+            for pool in self.pools:
+                if pool.kind == "block":
+                    scores[pool.key][block] = own["block"]
+                for group in pool.groups:
+                    if group.block == block:
+                        scores[pool.key] += own[unit_key(group)]
+        return scores
+
+    # -- one ranking over the model
+
+    def _rankings(self) -> dict[str, list[Pool]]:
+        if self.recipe.rank == "together":
+            return {"together": self.pools} if self.pools else {}
+        return {kind: [pool for pool in self.pools if pool.kind == kind] for kind in self.recipe.cut_kinds}
+
+    def _sizes(self, pool: Pool) -> torch.Tensor:
+        return pool.sizes(self.costs.shapes_of)
+
+    def _choose_globally(self, scores: Mapping[Key, torch.Tensor]) -> Chosen:
+        goal = self.goal()
+        if goal.remains is not None:
+            share = self._solve(
+                goal.remains[1], lambda trial: self._round_up(self._ranked(scores, trial, goal), scores)
+            )
+        else:
+            share = self.recipe.cut_ratio
+        free = self._ranked(scores, share, goal)
+        chosen = self._round_up(free, scores)
+        if self.recipe.round_to > 1 and self._given is None:
+            self._note_rounding(free, chosen)
+        return chosen
+
+    def _ranked(self, scores: Mapping[Key, torch.Tensor], share: float, goal: Goal) -> Chosen:
+        """The lowest of each ranking. Whole blocks come first: units inside those that leave are no longer there."""
+        chosen: Chosen = {}
+        for name, pools in self._rankings().items():
+            dropped = {unit for (kind, _, _), units in chosen.items() if kind == "block" for unit in units}
+            ranking = self._ranking(tuple(pool for pool in pools if pool.block not in dropped), scores)
+            budget = int(share * ranking.total)
+            if name in goal.kept and not dropped and goal.remains is None:
+                budget = max(0, ranking.total - goal.kept[name][1])
+            chosen |= ranking.take(budget)
+        return chosen
+
+    def _ranking(self, pools: tuple[Pool, ...], scores: Mapping[Key, torch.Tensor]) -> Ranking:
+        keys = tuple(pool.key for pool in pools)
+        if keys not in self._sorted:  # a target tries many budgets on one ranking
+            self._sorted[keys] = Ranking(pools, scores, {pool.key: self._sizes(pool) for pool in pools})
+        return self._sorted[keys]
+
+    @cached_property
+    def _sorted(self) -> dict[tuple[Key, ...], Ranking]:
+        return {}
+
+    def _round_up(self, chosen: Chosen, scores: Mapping[Key, torch.Tensor]) -> Chosen:
+        """Give back the best of what was chosen until widths are rounded."""
+        result = {}
+        for pool in self.pools:
+            units = chosen.get(pool.key, [])
+            left = rounded(pool, len(units), self.recipe.round_to)
+            worst_first = sorted(units, key=lambda unit, pool=pool: float(scores[pool.key][unit]))  # type: ignore[misc]
+            result[pool.key] = sorted(worst_first[:left])
+        return {key: units for key, units in result.items() if key in chosen}
+
+    # -- what is said of it
+
+    def warn_of_nothing(self) -> bool:
+        """Say loudly which kinds round to nothing; returns whether that is all of them."""
+        if self.recipe.allocation == "global" or not self.pools:
+            return False
+        empty = []
+        for kind in self.recipe.cut_kinds:
+            pools = [pool for pool in self.pools if pool.kind == kind]
+            if any(self._amounts_once[pool.key] for pool in pools):
+                continue
+            empty.append(kind)
+            sizes = sorted({pool.size for pool in pools})
+            log.warning(
+                "NOTHING of kind '%s' leaves: %g of %s %s rounds down to none%s.",
+                kind,
+                self.recipe.cut_ratio,
+                " or ".join(map(str, sizes)),
+                "in the model" if kind in SPANNING else "per block",
+                f"; the smallest ratio that takes one is {math.ceil(1000 / max(sizes)) / 1000:.3f}"
+                if max(sizes) > 1
+                else "",
+            )
+        return tuple(empty) == self.recipe.cut_kinds
+
+    def _note_target(self, at_most: int, solved: Solved) -> None:
+        target = self.recipe.parsed_target()
+        assert target is not None
+        self.notes["target"] = {
+            "measure": target.measure,
+            "at_most": at_most,
+            "reached": solved.reached,
+            "next_larger": solved.before,
+            "ratio": round(solved.share, 6),
+        }
+
+    def _note_rounding(self, free: Chosen, kept: Chosen) -> None:
+        more: dict[str, int] = {}
+        for key, units in free.items():
+            more[key[0]] = more.get(key[0], 0) + len(units) - len(kept[key])
+        smaller, larger = (self.costs.after(leave_everywhere(self.pools, choice)) for choice in (free, kept))
+        self.notes["rounding"] = {
+            "round_to": self.recipe.round_to,
+            "units_kept_more": {kind: count for kind, count in more.items() if count},
+            "parameters_kept_more": larger.params - smaller.params,
+        }
