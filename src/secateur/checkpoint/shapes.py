@@ -1,21 +1,27 @@
 """The config of the pruned model: which fields say the new sizes is found by asking the family, not from a list.
 
-Where the family's own validation refuses the sizes (Llama wants hidden_size to be a multiple of its heads), a native
-class that computes the same function takes its place; where blocks differ, transformers' ``per_layer_config`` says how.
+There are four forms, tried in this order: the family's own config; a native class that computes the same function, where
+the family's own validation refuses the sizes (Llama wants hidden_size to be a multiple of its heads); transformers'
+``per_layer_config`` where blocks differ; and ``carved`` (see ``uneven.py``) where no field says it.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.checkpoint.skeleton import REMOTE_CLASS, build_skeleton, is_uneven
+from secateur.checkpoint.carving import Assignment, assignments, carved_record
+from secateur.checkpoint.depth import block_signature, fields_without_blocks
+from secateur.checkpoint.skeleton import REMOTE_CLASS, Skeleton, build_skeleton, is_uneven
 from secateur.errors import ModelError, StructureError
+from secateur.structure.cutting import ModelCut
+from secateur.structure.units import Structure
 
 Shapes = Mapping[str, Sequence[int]]
+Fields = dict[str, Any]
 
 NOT_CARRIED_OVER = (
     "model_type",
@@ -23,17 +29,26 @@ NOT_CARRIED_OVER = (
     "auto_map",
     "transformers_version",
     "per_layer_config",
+    "carved",
     "allow_global_per_layer_attribute_access",
 )
 
 
 @dataclass(frozen=True)
 class OutputShape:
-    """The config to write, and whether plain transformers builds it (``uneven`` needs the bundled modelling file)."""
+    """The config to write.
+
+    Attributes:
+        config: of the pruned model.
+        architecture: the class of transformers that it is for.
+        uneven: whether it needs the bundled modelling file.
+        form: ``own``, the name of a native twin class, ``per layer`` or ``carved``.
+    """
 
     config: Any
     architecture: str
     uneven: bool
+    form: str
 
 
 @dataclass(frozen=True)
@@ -43,9 +58,10 @@ class _Family:
     ``pinned`` fields must not change: narrower heads have the shapes of fewer heads, and another function.
     """
 
+    form: str
     config_class: type
     architecture: str
-    fields: dict[str, Any]
+    fields: Fields
     pinned: frozenset[str] = frozenset()
 
     def config(self, **overrides: Any) -> Any:
@@ -55,87 +71,206 @@ class _Family:
 
 
 def output_shape(
-    config: Any, architecture: str, before: Sequence[Shapes], after: Sequence[Shapes], head_dim: int | None
+    skeleton: Skeleton,
+    cut: ModelCut,
+    structure: Structure,
+    accept: Callable[[str], bool] = lambda form: True,
+    assignment: Assignment | None = None,
 ) -> OutputShape:
-    """Find a config whose blocks have the shapes ``after``.
+    """Find a config that says the sizes which ``cut`` leaves of ``skeleton``.
 
     Args:
-        config: the dense model's config.
-        architecture: the dense model's class.
-        before: for each block, parameter shapes of the dense model.
-        after: for each block, parameter shapes after the cut.
-        head_dim: the width of an attention head, where heads leave; it must not follow their number.
+        structure: all units of the model.
+        accept: whether a form (see ``OutputShape``) may be used; a proof knows which compute the right function.
+        assignment: for the carved form, which attributes say sizes; None reads all that may as such.
 
     Raises:
-        StructureError: no native class can say these sizes.
+        StructureError: no form can say these sizes.
     """
-    if all(same(b, a) for b, a in zip(before, after, strict=True)):
-        return OutputShape(copy.deepcopy(config), architecture, uneven=is_uneven(config))
-    for family in _families(config, architecture, head_dim):
-        overrides = _overrides(family, after)
-        if overrides is None:
-            continue
-        if all(o == overrides[0] for o in overrides):
-            return OutputShape(family.config(**overrides[0]), family.architecture, uneven=False)
-        per_layer = {index: fields for index, fields in enumerate(overrides) if fields}
-        try:
-            uneven = family.config(per_layer_config=per_layer, allow_global_per_layer_attribute_access=True)
-            uneven.auto_map = {"AutoModelForCausalLM": REMOTE_CLASS}
-            built = build_skeleton(uneven)
-        except Exception:  # this family refuses these sizes; the next may not
-            continue
-        if all(same(_block_shapes(block), wanted) for block, wanted in zip(built.blocks, after, strict=True)):
-            return OutputShape(uneven, family.architecture, uneven=True)
+    for found in native_shapes(skeleton, cut, structure):
+        if accept(found.form):
+            return found
+    reading = assignment if assignment is not None else next(assignments(skeleton, cut, structure))
+    for found in carved_shapes(skeleton, cut, structure, reading):
+        if accept(found.form):
+            return found
     raise StructureError(
-        f"no config of transformers says the sizes that this plan leaves of {architecture}; "
+        f"no config of transformers says the sizes that this plan leaves of {_architecture(skeleton)}; "
         "choose another --unit, or a --ratio that keeps sizes the family accepts"
     )
 
 
-def same(left: Shapes, right: Shapes) -> bool:
-    """Whether two blocks have the same parameter shapes."""
-    return {name: tuple(shape) for name, shape in left.items()} == {name: tuple(shape) for name, shape in right.items()}
+def native_shapes(skeleton: Skeleton, cut: ModelCut, structure: Structure) -> Iterator[OutputShape]:
+    """Every form that says the sizes with transformers' own fields, best first."""
+    config, architecture = skeleton.config, _architecture(skeleton)
+    wanted = _wanted(skeleton, cut)
+    if wanted == _wanted(skeleton, ModelCut(((),) * len(cut.blocks))):
+        form = "own" if not is_uneven(config) else "per layer" if is_per_layer(config) else "carved"
+        yield OutputShape(copy.deepcopy(config), architecture, is_uneven(config), form)
+    elif not getattr(config, "carved", None):
+        signatures = [block_signature(skeleton.blocks[index]) for index in cut.kept()]
+        fields = fields_without_blocks(skeleton, cut, plain_fields(config))
+        for family in _families(config, architecture, fields, _head_width(cut, structure)):
+            yield from _native(family, skeleton.blocks_name, wanted, signatures)
 
 
-def _families(config: Any, architecture: str, head_dim: int | None) -> list[_Family]:
+def carved_shapes(
+    skeleton: Skeleton, cut: ModelCut, structure: Structure, assignment: Assignment
+) -> Iterator[OutputShape]:
+    """The carved form with this reading of attributes, where it can say the sizes."""
+    wanted = _wanted(skeleton, cut)
+    if is_per_layer(skeleton.config) or wanted == _wanted(skeleton, ModelCut(((),) * len(cut.blocks))):
+        return
+    fields = fields_without_blocks(skeleton, cut, plain_fields(skeleton.config))
+    family = _Family("carved", type(skeleton.config), _architecture(skeleton), fields)
+    plain = _built(family, {})
+    record = carved_record(skeleton, plain, cut, structure, wanted, assignment) if plain is not None else None
+    if record is None:
+        return
+    config = family.config(carved=record)
+    config.auto_map = {automatic_class(config): REMOTE_CLASS}
+    if same(build_skeleton(config).shapes(), wanted):
+        yield OutputShape(config, family.architecture, uneven=True, form="carved")
+
+
+def _wanted(skeleton: Skeleton, cut: ModelCut) -> dict[str, tuple[int, ...]]:
+    return cut.shapes({name: tuple(shape) for name, shape in skeleton.shapes().items()}, skeleton.blocks_name)
+
+
+def is_per_layer(config: Any) -> bool:
+    """Whether ``config`` gives single layers sizes of their own."""
+    return bool(config.to_dict().get("per_layer_config"))
+
+
+def _architecture(skeleton: Skeleton) -> str:
+    """The family's class; an uneven model's own class is made on the fly, its config names the family's."""
+    return (skeleton.config.architectures or [""])[0] if is_uneven(skeleton.config) else type(skeleton.model).__name__
+
+
+def _head_width(cut: ModelCut, structure: Structure) -> int | None:
+    """The width of an attention head, where heads or hidden channels leave: it must not follow their number."""
+    kinds = {group.kind for removals in cut.blocks for group, removed in removals if len(removed)}
+    heads = [group for group in structure.units if group.kind in ("head", "query")]
+    widths = [min(member.index_UC.shape[1] for member in group.members) for group in heads]
+    return min(widths, default=None) if kinds & {"head", "query", "hidden"} else None
+
+
+def plain_fields(config: Any) -> Fields:
+    return {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED_OVER}
+
+
+def _families(config: Any, architecture: str, fields: Fields, head_dim: int | None) -> list[_Family]:
     """The model's own family, then native classes that compute the same when told to."""
     from transformers import GraniteConfig, MistralConfig
 
-    fields = {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED_OVER}
+    if head_dim is not None and "head_dim" not in fields and hasattr(config, "head_dim"):
+        head_dim = None  # the family computes it from others
+    if head_dim is not None and fields.get("head_dim") is None:
+        fields = fields | {"head_dim": head_dim}
     pinned = frozenset({"head_dim"})
-    if head_dim is not None:
-        fields["head_dim"] = head_dim
-    families = [_Family(type(config), architecture, fields, pinned)]
+    families = [_Family("own", type(config), architecture, fields, pinned)]
     if config.model_type == "llama":  # the only family known to refuse sizes that a twin accepts
-        families.append(_Family(MistralConfig, "MistralForCausalLM", fields | {"sliding_window": None}, pinned))
-        if head_dim is not None or getattr(config, "head_dim", None):
-            scale = float(head_dim or config.head_dim) ** -0.5
-            neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
-            families.append(
-                _Family(GraniteConfig, "GraniteForCausalLM", fields | neutral | {"attention_multiplier": scale}, pinned)
-            )
+        width = fields.get("head_dim") or config.head_dim
+        twin = fields | {"head_dim": width}
+        mistral = twin | {"sliding_window": None}
+        families.append(_Family("MistralForCausalLM", MistralConfig, "MistralForCausalLM", mistral, pinned))
+        neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
+        granite = twin | neutral | {"attention_multiplier": float(width) ** -0.5}
+        families.append(_Family("GraniteForCausalLM", GraniteConfig, "GraniteForCausalLM", granite, pinned))
     return families
 
 
-def _overrides(family: _Family, after: Sequence[Shapes]) -> list[dict[str, int]] | None:
-    """For each block the config fields that give it its new shapes, or None where the family has none.
+def _native(family: _Family, blocks_name: str, wanted: Shapes, signatures: Sequence[Any]) -> Iterator[OutputShape]:
+    """The form with the family's own fields, then the one with ``per_layer_config``."""
+    plain = _built(family, {})
+    if plain is None or plain.shapes().keys() != wanted.keys():
+        return  # a twin without these biases
+    asked = _overrides(family, plain, wanted)
+    if asked is None:
+        return
+    together = _joined(asked)
+    if together is not None:
+        built = _built(family, together)
+        if built is not None and same(built.shapes(), wanted) and _alike(built, signatures, family):
+            yield OutputShape(family.config(**together), family.architecture, uneven=False, form=family.form)
+    per_layer = {index: fields for index, fields in enumerate(asked) if fields}
+    outside = {name: shape for name, shape in wanted.items() if not name.startswith(blocks_name + ".")}
+    if not same({name: plain.shapes()[name] for name in outside}, outside) or not per_layer:
+        return
+    try:
+        uneven = family.config(per_layer_config=per_layer, allow_global_per_layer_attribute_access=True)
+        uneven.auto_map = {automatic_class(uneven): REMOTE_CLASS}
+        built = build_skeleton(uneven)
+    except Exception:  # this family refuses these sizes; another form may not
+        return
+    if same(built.shapes(), wanted) and _alike(built, signatures, family):
+        yield OutputShape(uneven, family.architecture, uneven=True, form="per layer")
+
+
+def _alike(built: Skeleton, signatures: Sequence[Any], family: _Family) -> bool:
+    """Whether the blocks behave as those that were kept: a family may treat blocks differently by their number."""
+    if family.form != "own":
+        return len(built.blocks) == len(signatures)  # a twin's modules have other names; the proof judges it
+    return [block_signature(block) for block in built.blocks] == list(signatures)
+
+
+def same(left: Shapes, right: Shapes) -> bool:
+    """Whether two sets of tensors have the same names and shapes."""
+    return {name: tuple(shape) for name, shape in left.items()} == {name: tuple(shape) for name, shape in right.items()}
+
+
+def automatic_class(config: Any) -> str:
+    """The name of the ``AutoModel`` class under which ``config``'s architecture is found."""
+    import transformers
+
+    architecture = config.architectures[0]
+    names = ["AutoModelForCausalLM", *(name for name in dir(transformers) if name.startswith("AutoModelFor"))]
+    for name in names:
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+        found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
+        if architecture in [kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))]:
+            return name
+    return "AutoModel"
+
+
+def _built(family: _Family, overrides: Fields) -> Skeleton | None:
+    """The family's skeleton with these fields, or None where it refuses them."""
+    try:
+        return build_skeleton(family.config(**overrides))
+    except (ModelError, StructureError, ValueError, TypeError, ZeroDivisionError):
+        return None
+    except Exception as error:  # strict configs raise their own kinds; anything but a refusal of sizes is ours
+        if "validat" not in type(error).__name__.lower() and "strict" not in type(error).__name__.lower():
+            raise
+        return None
+
+
+def _joined(overrides: Sequence[Fields]) -> Fields | None:
+    """One set of fields for all blocks, or None where blocks want different values of one."""
+    joined: Fields = {}
+    for fields in overrides:
+        for name, value in fields.items():
+            if joined.setdefault(name, value) != value:
+                return None
+    return joined
+
+
+def _overrides(family: _Family, plain: Skeleton, wanted: Shapes) -> list[Fields] | None:
+    """For each block the fields that give it its new shapes, or None where the family has none.
 
     They are counted from the family's plain config, whose blocks are all alike, so that a model that was uneven
     already is described anew.
     """
-    try:
-        plain = [_block_shapes(block) for block in build_skeleton(family.config()).blocks]
-    except ModelError:
-        return None
-    if any(old.keys() != new.keys() for old, new in zip(plain, after, strict=True)):
-        return None  # a twin without these biases
-    found: list[dict[str, int]] = []
-    solved: dict[tuple, dict[str, int] | None] = {}
+    found: list[Fields] = []
+    solved: dict[tuple, Fields | None] = {}
     hint: tuple[str, ...] = ()
-    for index, (old, new) in enumerate(zip(plain, after, strict=True)):
-        key = tuple(sorted((name, tuple(shape)) for name, shape in new.items()))
+    for index in range(len(plain.blocks)):
+        prefix = plain.block_prefix(index)
+        old = plain.block_shapes(index)
+        new = {name: tuple(wanted[prefix + name]) for name in old}
+        key = (tuple(sorted(old.items())), tuple(sorted(new.items())))
         if key not in solved:
-            solved[key] = {} if same(old, new) else _solve(family, index, old, new, hint)
+            solved[key] = {} if old == new else _solve(family, index, old, new, hint)
         fields = solved[key]
         if fields is None:
             return None
@@ -144,26 +279,35 @@ def _overrides(family: _Family, after: Sequence[Shapes]) -> list[dict[str, int]]
     return found
 
 
-def _solve(family: _Family, index: int, old: Shapes, new: Shapes, hint: tuple[str, ...]) -> dict[str, int] | None:
+def _solve(family: _Family, index: int, old: Shapes, new: Shapes, hint: tuple[str, ...]) -> Fields | None:
     """Change fields that may follow the changed dimensions, fewest first, until the family builds the new shapes."""
     candidates = [c for c in _candidates(family.fields, old, new) if c[0] not in family.pinned]
-    choices = [dict(choice) for size in range(1, 4) for choice in itertools.combinations(candidates, size)]
+    candidates = [(name, value) for name, value in candidates if _matters(family, name, value, index, old)]
+    choices = [
+        dict(choice)
+        for size in range(1, min(len(candidates), MOST_FIELDS) + 1)
+        for choice in itertools.combinations(candidates, size)
+        if len({name for name, _ in choice}) == size
+    ]
     choices.sort(key=lambda choice: (tuple(choice) != hint, len(choice)))
     for choice in choices:
-        try:
-            built = build_skeleton(family.config(**choice))
-        except (ModelError, StructureError, ValueError, TypeError, ZeroDivisionError):
-            continue
-        except Exception as error:  # strict configs raise their own kinds; anything but a refusal of sizes is ours
-            if "validat" not in type(error).__name__.lower() and "strict" not in type(error).__name__.lower():
-                raise
-            continue
-        if same(_block_shapes(built.blocks[index]), new):
+        built = _built(family, choice)
+        if built is not None and index < len(built.blocks) and same(built.block_shapes(index), new):
             return choice
     return None
 
 
-def _candidates(fields: Mapping[str, Any], old: Shapes, new: Shapes) -> list[tuple[str, int]]:
+MOST_FIELDS = 5
+"""How many fields one change of sizes may take: heads, KV heads, channels, hidden and experts."""
+
+
+def _matters(family: _Family, name: str, value: int, index: int, old: Shapes) -> bool:
+    """Whether a field may have to do with the block's sizes: it changes them, or cannot change alone."""
+    built = _built(family, {name: value})
+    return built is None or (index < len(built.blocks) and not same(built.block_shapes(index), old))
+
+
+def _candidates(fields: Fields, old: Shapes, new: Shapes) -> list[tuple[str, int]]:
     """Integer fields that could have shrunk in the proportion in which some dimension has."""
     proportions = {
         (before, after) for name in new for before, after in zip(old[name], new[name], strict=True) if before != after
@@ -175,7 +319,3 @@ def _candidates(fields: Mapping[str, Any], old: Shapes, new: Shapes) -> list[tup
                 if before % value == 0 and (value * after) % before == 0:
                     found.add((field, value * after // before))
     return sorted(found)
-
-
-def _block_shapes(block: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in block.state_dict().items()}

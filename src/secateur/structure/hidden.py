@@ -41,7 +41,8 @@ def _group(trace: Trace, block: int) -> UnitGroup:
         for dim, labels in enumerate(trace.parameters[name]):
             index_UC = _owned(trace, labels, channel, f"dimension {dim} of {name}")
             if index_UC is not None:
-                members.append(Member(name, dim, _role(trace, labels), index_UC))
+                same = [name, *(alias for alias, first in trace.aliases.items() if first == name)]
+                members += [Member(each, dim, _role(trace, labels), index_UC) for each in same]
     norms = []
     for name in sorted({mark.module for mark in trace.marks if mark.kind == "reduced"} & trace.norms.keys()):
         index_UC = _owned(trace, trace.norms[name], channel, name)

@@ -59,6 +59,7 @@ class Trace:
     Attributes:
         parameters: labels of parameters and stored buffers, by name.
         used: their names in the order of their use.
+        aliases: further names of parameters that are tied to one in ``parameters``.
         arguments: labels of constants that entered (block arguments, computed buffers), where they are followed.
         norms: modules without parts whose output has the labels of their input -> its last dimension.
         hidden: the residual stream's labels.
@@ -68,6 +69,7 @@ class Trace:
     marks: list[Mark] = field(default_factory=list)
     parameters: dict[str, list[LabelArray]] = field(default_factory=dict)
     used: dict[str, None] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     arguments: dict[str, list[LabelArray]] = field(default_factory=dict)
     norms: dict[str, LabelArray] = field(default_factory=dict)
     hidden: LabelArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))

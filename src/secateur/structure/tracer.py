@@ -46,6 +46,8 @@ class Tracer(TorchDispatchMode):
                 labels = [self.trace.labels.fresh(size) for size in parameter.shape]
                 self.trace.parameters[name] = labels
                 self._tracked[id(parameter)] = (parameter, Axes(labels, is_weight=True))
+            else:
+                self.trace.aliases[name] = self._names[id(parameter)]
         self.first_derived = len(self.trace.labels)
 
     @property
