@@ -6,13 +6,16 @@ import math
 
 import pytest
 import torch
+from tiny_families import tiny
 from tiny_models import tiny_llama
 
+from secateur.checkpoint.matrices import in_own_layout
+from secateur.checkpoint.skeleton import Skeleton
 from secateur.criteria import criterion_from
 from secateur.criteria.base import Matrix
 from secateur.criteria.units import unit_scores
 from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputNorm
-from secateur.structure import find_units
+from secateur.structure import find_all_units, find_units
 
 TEXTS = ["random", "magnitude", "magnitude:norm=l2", "wanda", "gblm", "gblm:norm=l2"]
 TEXTS += [f"taylor:order={order}" for order in ("vector", "first", "second", "mixed")]
@@ -77,3 +80,61 @@ def test_vectorised_equals_a_loop(kv_heads, text, reduce):
         for unit in range(0, group.count, 5 if group.kind == "channel" else 1):
             expected = by_hand(group.kind, unit, contributions, criterion, reduce, kv_heads)
             assert found[unit].item() == pytest.approx(expected, rel=1e-9, abs=1e-300), (group.kind, unit)
+
+
+def own_layout_contributions(skeleton, block, index, criterion):
+    """Contributions of every matrix the block has, however it keeps them, from random statistics."""
+    generator = torch.Generator().manual_seed(11)
+    parameters = dict(block.named_parameters())
+    matrices, values = skeleton.prunable(index), {}
+    for name, matrix in matrices.items():
+        weight_OI = matrix.of(parameters).detach()
+        statistics = {InputNorm: InputNorm()}
+        statistics[InputNorm].update(torch.randn(5, weight_OI.shape[1], generator=generator))
+        for kind in (GradientMean, GradientAbs, GradientSquare):
+            statistics[kind] = kind()
+            statistics[kind].update(torch.randn(weight_OI.shape, generator=generator))
+        values[name] = criterion.score_OI(Matrix(name, weight_OI, statistics))
+    return in_own_layout(matrices, values)
+
+
+def member_by_member(group, unit, contributions, criterion, reduce):
+    """One weight after the other: every member, every channel of the unit, every index the channel owns."""
+    members = []
+    for member in group.members:
+        if member.parameter not in contributions:
+            continue
+        values = contributions[member.parameter].double().movedim(member.dim, 0).flatten(1)
+        sums = [math.fsum(values[i].tolist()) for i in member.index_UC[unit]]
+        members.append([abs(total) if "vector" in str(criterion) else total for total in sums])
+    if not members or reduce in ("first", "last"):
+        return sum(members[0 if reduce == "first" else -1]) if members else 0.0
+    width = min(len(member) for member in members)
+    aligned = [[sum(member[channel::width]) for channel in range(width)] for member in members]
+    reductions = {"sum": sum, "max": max, "prod": math.prod, "mean": lambda values: sum(values) / len(values)}
+    return sum(reductions[reduce]([member[channel] for member in aligned]) for channel in range(width))
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean", "max", "prod", "first", "last"])
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "bloom", "mixtral", "gpt_oss", "deepseek_v3"])
+def test_transposed_fused_and_packed_matrices(family, text, reduce):
+    model = tiny(family)
+    skeleton = Skeleton(model)
+    block = skeleton.blocks[0]
+    criterion = criterion_from(text)
+    contributions = own_layout_contributions(skeleton, block, 0, criterion)
+    groups = [g for g in find_all_units(model, skeleton.blocks_name).units if g.block == 0]
+    kinds = {group.kind for group in groups}
+    assert {"head", "channel"} <= kinds or family == "deepseek_v3"
+    for group in groups:
+        found = unit_scores(group, contributions, criterion, reduce)
+        assert found.shape == (group.count,)
+        for unit in range(0, group.count, max(1, group.count // 5)):
+            expected = member_by_member(group, unit, contributions, criterion, reduce)
+            assert found[unit].item() == pytest.approx(expected, rel=1e-8, abs=1e-12), (group.kind, unit)
+
+
+def test_units_without_a_scored_member_are_worth_nothing():
+    group = next(g for g in find_units(tiny_llama(), "model.layers", 0) if g.kind == "channel")
+    assert torch.equal(unit_scores(group, {}, criterion_from("magnitude")), torch.zeros(group.count).double())

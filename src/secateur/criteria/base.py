@@ -64,9 +64,13 @@ class Criterion(ABC):
         """The score of single weights (unit ``weight`` and N:M)."""
         return self.score_OI(matrix)
 
-    def channel_score(self, contribution_OI: torch.Tensor, dim: int) -> torch.Tensor:
-        """The score of each row (``dim=0``) or column (``dim=1``) from its weights' contributions."""
-        return contribution_OI.sum(dim=1 - dim)
+    def channel_score(self, contribution: torch.Tensor, dim: int) -> torch.Tensor:
+        """The score of each slice along ``dim``, of a matrix each row or column, from its weights' contributions, float64.
+
+        Contributions lie as the parameter itself does: kept transposed, or packed with a dimension of experts.
+        """
+        others = [other for other in range(contribution.dim()) if other != dim]
+        return contribution.sum(dim=others, dtype=torch.float64)
 
     def __str__(self) -> str:
         chosen = ",".join(f"{key}={_text(value)}" for key, value in self.options.model_dump().items())

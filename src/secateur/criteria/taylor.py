@@ -51,6 +51,6 @@ class Taylor(Criterion):
     def weight_score_OI(self, matrix: Matrix) -> torch.Tensor:
         return self.score_OI(matrix).abs()
 
-    def channel_score(self, contribution_OI: torch.Tensor, dim: int) -> torch.Tensor:
-        summed = super().channel_score(contribution_OI, dim)
+    def channel_score(self, contribution: torch.Tensor, dim: int) -> torch.Tensor:
+        summed = super().channel_score(contribution, dim)
         return summed.abs() if self.options.order == "vector" else summed

@@ -15,20 +15,23 @@ def unit_scores(
 ) -> torch.Tensor:
     """Score every unit of ``group``, ``(U,)`` float64.
 
-    Each member matrix gives one score for each channel of the unit (its row or column); channels that belong together
+    Each member gives one score for each channel of the unit (its row, its column, its slice of packed experts); channels that belong together
     (a query head's with its KV head's) are added up, the members are reduced channel by channel, and a unit is the sum
     of its channels (methods §14.2: "a head's score = sum of its head_dim channels'"). Grouped query heads are paired
     with the KV head they read, not with strided ones (methods §14.6).
 
     Args:
-        contributions: ``score_OI`` by parameter name; members without one (biases, norms) carry no score.
+        contributions: ``score_OI`` by parameter name, in the parameter's own layout; members without one (biases, norms,
+            routers) carry no score, and where none has one the units are worth nothing here.
         reduce: over the members: sum, mean, max, prod, first (the root) or last (the end of the chain).
     """
     channels_of_members = []
     for member in group.members:
         if member.parameter in contributions:
-            channels = criterion.channel_score(contributions[member.parameter].double(), member.dim)
+            channels = criterion.channel_score(contributions[member.parameter], member.dim)
             channels_of_members.append(channels[torch.as_tensor(member.index_UC)])
+    if not channels_of_members:
+        return torch.zeros(group.count, dtype=torch.float64)
     if reduce == "first":
         return channels_of_members[0].sum(dim=1)
     if reduce == "last":
