@@ -58,7 +58,8 @@ class Chooser:
         count = len(checkpoint.skeleton.blocks)
         self.blocks = recipe.block_range(count)
         middle = recipe.middle(count) if recipe.allocation == "two-tier" else self.blocks
-        self.pools = [pool for kind in recipe.cut_kinds for pool in self._pools(kind, middle)]
+        asked = {key[0] for key, units in goal.leaving.items() if units} if goal and goal.leaving else recipe.cut_kinds
+        self.pools = [pool for kind in recipe.cut_kinds if kind in asked for pool in self._pools(kind, middle)]
         self.notes: dict[str, Any] = {}
         self._given = goal
         if goal is None and recipe.target is None:
@@ -125,7 +126,7 @@ class Chooser:
         Scores matter only for a target when whole blocks of different sizes leave.
         """
         if self._given is not None:
-            return self._given.leaving
+            return {pool.key: self._given.leaving.get(pool.key, 0) for pool in self.pools}
         share = self.recipe.cut_ratio
         target = self.recipe.parsed_target()
         if target is not None:

@@ -63,7 +63,7 @@ class Planner:
         windows: TokenWindows | None = None,
     ) -> None:
         self.checkpoint, self.recipe, self.workplace = checkpoint, recipe, workplace
-        self.criterion = recipe.parsed_criterion()
+        self.criterion, self.goal = recipe.parsed_criterion(), goal
         self.blocks = recipe.block_range(len(checkpoint.skeleton.blocks))
         if windows is not None:
             self.windows = windows
@@ -104,7 +104,7 @@ class Planner:
         if self.workplace.cache is not None:
             trim_cache(self.workplace.cache)
         plan.notes = self.chooser.notes
-        if not plan.removes_anything():
+        if self.goal is None and not plan.removes_anything():
             raise removes_nothing(self.recipe)
         return plan
 

@@ -110,9 +110,7 @@ class Plan(_Strict):
         Raises:
             PlanError: the plan does not fit the model, or would leave it without a unit of some kind.
         """
-        if any(entry.block >= blocks for entry in self.blocks):
-            raise PlanError(f"the plan names blocks that the model, which has {blocks}, does not have")
-        everywhere = {block: self._removals(block, structure.of_block(block)) for block in (OUTSIDE, *range(blocks))}
+        everywhere = self.everywhere(structure, blocks)
         cut = model_cut(everywhere, blocks)
         hidden = [
             [units for group, units in everywhere[block] if group.kind == "hidden"] for block in (OUTSIDE, *cut.kept())
@@ -122,6 +120,16 @@ class Plan(_Strict):
                 "the plan takes different hidden channels from different blocks; they leave everywhere or stay"
             )
         return cut
+
+    def everywhere(self, structure: Structure, blocks: int) -> dict[int, Removals]:
+        """What leaves each block and, under ``OUTSIDE``, the rest.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
+        if any(entry.block >= blocks for entry in self.blocks):
+            raise PlanError(f"the plan names blocks that the model, which has {blocks}, does not have")
+        return {block: self._removals(block, structure.of_block(block)) for block in (OUTSIDE, *range(blocks))}
 
     def _removals(self, block: int, groups: list[UnitGroup]) -> Removals:
         entry = next((entry for entry in self.blocks if entry.block == block), None)

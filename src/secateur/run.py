@@ -19,13 +19,14 @@ from secateur.checkpoint.reader import open_checkpoint
 from secateur.console import log
 from secateur.errors import OutputError, PlanError, SecateurError, reason_of
 from secateur.files import cache_folder, full_disk_is_an_error, write_json
-from secateur.planning import Planner, Workplace
+from secateur.planning import Workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
 from secateur.recipe import Recipe
 from secateur.report.card import model_card
 from secateur.report.count import Count, count_checkpoint, count_folder
 from secateur.runfolder import RUN_FILE, absolute, check_apart, check_free, is_complete, run_folder
+from secateur.stepping import make_decision
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,8 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
     root = cache_folder()  # not the system's folder for temporary files, which may be memory
     root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="plan-", dir=root) as scratch, full_disk_is_an_error(Path(scratch)):
-        planner = Planner(checkpoint, recipe, Workplace(Path(scratch), root))
-        plan = planner.plan()
-    realisation = Realisation(checkpoint, plan, planner.structure)
+        plan, structure = make_decision(checkpoint, recipe, Workplace(Path(scratch), root))
+    realisation = Realisation(checkpoint, plan, structure)
     realisation.announce()
     before, after = realisation.sizes()
     record = _plan_record(plan, realisation) | {"seconds": round(time.monotonic() - started, 2)}
@@ -98,9 +98,7 @@ def prune(
     check_free(out, overwrite)
     with timed_run(out, overwrite, identity) as (partial, record):
         with _stage(record, "choosing"):
-            planner = Planner(checkpoint, recipe, Workplace(partial / "scratch", cache_folder()))
-            plan = planner.plan()
-        structure = planner.structure
+            plan, structure = make_decision(checkpoint, recipe, Workplace(partial / "scratch", cache_folder()))
         _carry_out(Realisation(checkpoint, plan, structure), partial, record, evaluate_on)
     return finished(out, record, push_to_hub)
 

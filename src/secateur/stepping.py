@@ -1,0 +1,89 @@
+"""Planning in one round or in several, each on a model from which the rounds before have taken their part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from secateur.checkpoint.reader import Checkpoint, open_checkpoint
+from secateur.console import log
+from secateur.identities import model_identity
+from secateur.planning import Planner, Workplace, removes_nothing
+from secateur.plans import Plan
+from secateur.realise import Realisation
+from secateur.recipe import Recipe
+from secateur.removal.composition import compose
+from secateur.removal.decision import BlockDecision, Removals, model_cut
+from secateur.structure import Structure
+
+
+def make_decision(checkpoint: Checkpoint, recipe: Recipe, workplace: Workplace) -> tuple[Plan, Structure]:
+    """Plan what leaves ``checkpoint``; return also its units, which carrying out needs again.
+
+    Raises:
+        RecipeError: the recipe asks for what the model does not have, or would remove nothing.
+    """
+    planner = Planner(checkpoint, recipe, workplace)
+    plan = planner.plan() if recipe.steps == 1 else _plan_in_steps(planner)
+    return plan, planner.structure
+
+
+def _plan_in_steps(dense: Planner) -> Plan:
+    """Reach the recipe's goal in rounds; the plan is their composition in the dense model's numbers."""
+    checkpoint, recipe, structure = dense.checkpoint, dense.recipe, dense.structure
+    goal, steps = dense.chooser.goal(), recipe.steps
+    count = len(checkpoint.skeleton.blocks)
+    allowed = recipe.middle(count) if recipe.allocation == "two-tier" else dense.blocks
+    needs = bool(dense.criterion.needs())
+    current, chosen, plan = checkpoint, dict[int, Removals](), None
+    for step in range(1, steps + 1):
+        blocks = model_cut(chosen, count).kept()
+        part = goal.part(step, steps, blocks)
+        if goal.leaving and not any(part.leaving.values()):
+            continue
+        log.info("Round %d of %d.", step, steps)
+        scratch = dense.workplace.scratch / f"round-{step}"
+        planner = Planner(
+            current,
+            _recipe_of_round(recipe, [new for new, old in enumerate(blocks) if old in allowed], step == steps),
+            Workplace(scratch, dense.workplace.cache),
+            part,
+            dense.windows if needs else None,
+        )
+        found = planner.plan()
+        chosen = compose(structure, chosen, found.everywhere(planner.structure, len(blocks)))
+        plan = _plan_of(checkpoint, recipe, structure, chosen, found)
+        if step < steps:
+            current = _realised(Realisation(checkpoint, plan, structure), scratch / "model")
+    if plan is None or not plan.removes_anything():
+        raise removes_nothing(recipe)
+    plan.notes = dense.chooser.notes
+    return plan
+
+
+def _recipe_of_round(recipe: Recipe, allowed: list[int], last: bool) -> Recipe:
+    """What one round has to know: how much leaves is given to it, and the ends of two tiers are left out."""
+    blocks = f"{allowed[0]}:{allowed[-1] + 1}"
+    changes = {
+        "steps": 1,
+        "allocation": "global" if recipe.allocation == "global" else "uniform",
+        "blocks": None if "hidden" in recipe.cut_kinds else blocks,
+        "protect": None,
+        "round_to": recipe.round_to if last else 1,
+    }
+    return recipe.model_copy(update=changes)
+
+
+def _plan_of(
+    checkpoint: Checkpoint, recipe: Recipe, structure: Structure, chosen: dict[int, Removals], found: Plan
+) -> Plan:
+    plan = Plan(model=model_identity(checkpoint), recipe=recipe, calibration=found.calibration)
+    for block, removals in chosen.items():
+        plan.add(block, BlockDecision(removals))
+    return plan
+
+
+def _realised(realisation: Realisation, folder: Path) -> Checkpoint:
+    """The model as the rounds so far leave it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    realisation.write(folder)
+    return open_checkpoint(str(folder), realisation.plan.recipe.trust_remote_code)
