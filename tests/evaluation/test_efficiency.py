@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_model import VOCABULARY, saved, tiny_model
+from tiny_families import tiny
 from torch import nn
 
 from secateur.errors import ModelError, SecateurError
@@ -42,6 +43,17 @@ def test_macs_are_those_of_every_product(attention: str, tokens: int) -> None:
     measured = macs_per_token(model, torch.zeros(1, tokens, dtype=torch.int64))
     # The rotary angles are a small product too.
     assert measured == pytest.approx(linear + scores, rel=1e-3)
+
+
+@pytest.mark.parametrize("experts", ["grouped_mm", "batched_mm", "eager"])
+def test_macs_of_experts_are_those_of_the_two_a_token_goes_to(experts: str) -> None:
+    model = tiny("mixtral")
+    model.set_experts_implementation(experts)
+    tokens, expert, attention = 8, 3 * 32 * 48, 2 * 32 * 32 + 2 * 32 * 16
+    scores = 2 * 32 * tokens
+    expected = 2 * (attention + scores + 4 * 32 + 2 * expert) + 32 * 96
+    measured = macs_per_token(model, torch.zeros(1, tokens, dtype=torch.int64))
+    assert measured == pytest.approx(expected, rel=3e-3)
 
 
 def test_bytes_are_those_of_the_weight_files(tmp_path: Path) -> None:

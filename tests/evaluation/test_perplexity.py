@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from evaluation_model import VOCABULARY, tiny_model
+from tiny_families import tiny
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from secateur.calibration import TokenWindows, text_windows
@@ -124,3 +125,14 @@ def test_reference_windows_are_read_as_they_are() -> None:
         loss = model(input_ids=windows.ids_NT, labels=windows.ids_NT).loss.item()
     assert measured.tokens == 2 * 511
     assert measured.value == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "vit"])
+def test_only_causal_models_have_one(family: str) -> None:
+    with pytest.raises(SecateurError, match="is not a causal language model"):
+        perplexity(tiny(family), some_windows())
+
+
+def test_experts_are_measured_too() -> None:
+    model, windows = tiny("mixtral"), some_windows(2, 6)
+    assert perplexity(model, windows).value == pytest.approx(brute_force(model, windows.ids_NT), rel=1e-5)

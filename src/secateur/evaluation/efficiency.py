@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from secateur.checkpoint.architecture import call_model
 from secateur.console import track
 from secateur.errors import ModelError, SecateurError
 from secateur.evaluation.perplexity import evaluating
@@ -104,9 +105,9 @@ def macs_per_token(model: nn.Module, ids_BT: torch.Tensor) -> int:
 
     Attention is counted as the full T × T square, so the figure grows with T.
     """
-    fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    with evaluating(model), FlopCounterMode(display=False, custom_mapping={fused: _attention_flops}) as counter:
-        model(input_ids=ids_BT.to(next(model.parameters()).device), use_cache=False)
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+    with evaluating(model), FlopCounterMode(display=False, custom_mapping=fused | _grouped_products()) as counter:
+        call_model(model, {"input_ids": ids_BT.to(next(model.parameters()).device)})
     return round(counter.get_total_flops() / 2 / ids_BT.numel())
 
 
@@ -135,7 +136,7 @@ def _timed_forward(model: nn.Module, ids_BT: torch.Tensor) -> float:
     with evaluating(model):
         _finish(device)
         start = time.perf_counter()
-        model(input_ids=ids_BT, use_cache=False)
+        call_model(model, {"input_ids": ids_BT})
         _finish(device)
         return time.perf_counter() - start
 
@@ -172,3 +173,17 @@ def _attention_flops(
     *batch_and_heads, queries, width = query_shape
     keys, value_width = key_shape[-2], value_shape[-1]
     return 2 * math.prod(batch_and_heads) * queries * keys * (width + value_width)
+
+
+def _grouped_products() -> dict[Any, Any]:
+    """The operators that multiply each token with its experts' matrices, which PyTorch's counter does not all know."""
+    operators = [torch.ops.aten._grouped_mm]
+    if hasattr(torch.ops.transformers, "grouped_mm_fallback"):
+        operators.append(torch.ops.transformers.grouped_mm_fallback)
+    return dict.fromkeys(operators, _grouped_flops)
+
+
+def _grouped_flops(tokens_shape: Any, experts_shape: Any, *arguments: Any, out_shape: Any = None, **named: Any) -> int:
+    """Of tokens ``(S, I)``, one row an expert that a token goes to, with experts ``(E, I, O)``."""
+    rows, width = tokens_shape
+    return 2 * rows * width * experts_shape[-1]

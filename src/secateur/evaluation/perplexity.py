@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from secateur.calibration import TokenWindows
+from secateur.checkpoint.architecture import call_model, is_causal
 from secateur.console import track
 from secateur.errors import SecateurError
 
@@ -46,8 +47,12 @@ def perplexity(model: nn.Module, windows: TokenWindows, batch_size: int = 1) -> 
 
     Raises:
         CalibrationError: a token id is outside the model's vocabulary.
-        SecateurError: the result is not finite, or the windows are longer than the model's positions reach.
+        SecateurError: the model does not predict the next token, the result is not finite, or the windows are longer than the model's positions reach.
     """
+    if not is_causal(model.config):
+        raise SecateurError(
+            f"{type(model).__name__} is not a causal language model, so it has no perplexity; evaluate a model that writes text"
+        )
     windows.check_vocabulary(vocabulary_of(model))
     count, context = windows.ids_NT.shape
     device = next(model.parameters()).device
@@ -88,7 +93,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _window_losses(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy of each window, float64 ``(B,)``."""
     try:
-        logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+        logits_BTV = call_model(model, {"input_ids": ids_BT}).logits[:, :-1].float()
     except IndexError as error:
         config: Any = model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
