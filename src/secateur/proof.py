@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +128,18 @@ def proved_shape(skeleton: Skeleton, structure: Structure, cut: ModelCut) -> Out
     )
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Small matrices are multiplied faster by one thread than by several that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def judge(small: SmallModel, cut: ModelCut) -> Verdict:
     """Compare every form of output of ``cut`` with the masked model; a form that is right ends the search."""
     skeleton = small.skeleton

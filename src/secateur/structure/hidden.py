@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -19,14 +20,15 @@ def hidden_units(outside: Trace, blocks: Sequence[Trace]) -> list[UnitGroup]:
     Raises:
         StructureError: something is tied to single channels, or works on them in an order; the sentence says what.
     """
-    groups = [_group(trace, number) for number, trace in enumerate(blocks)]
-    groups.append(_group(outside, OUTSIDE))
+    alike = {number: _group(trace) for number, trace in {id(trace): trace for trace in blocks}.items()}
+    groups = [replace(alike[id(trace)], block=number) for number, trace in enumerate(blocks)]
+    groups.append(_group(outside))
     if len({group.count for group in groups}) != 1:
         raise StructureError("the blocks have residual streams of different widths")
     return groups
 
 
-def _group(trace: Trace, block: int) -> UnitGroup:
+def _group(trace: Trace) -> UnitGroup:
     hidden = trace.labels.find(trace.hidden)
     if len(hidden) < 2:
         raise StructureError("what a block returns is not what it was given plus something")
@@ -35,20 +37,21 @@ def _group(trace: Trace, block: int) -> UnitGroup:
             "the residual stream is seen as several dimensions, or its channels are tied to each other"
         )
     _refuse_obstacles(trace, set(hidden.tolist()))
-    channel = {root: number for number, root in enumerate(hidden.tolist())}
+    consumed = {label for mark in trace.marks if mark.kind == "consumed" for label in mark.labels.tolist()}
     members: list[Member] = []
     for name in trace.used:
         for dim, labels in enumerate(trace.parameters[name]):
-            index_UC = _owned(trace, labels, channel, f"dimension {dim} of {name}")
+            index_UC = _owned(trace, labels, hidden, f"dimension {dim} of {name}")
             if index_UC is not None:
                 same = [name, *(alias for alias, first in trace.aliases.items() if first == name)]
-                members += [Member(each, dim, _role(trace, labels), index_UC) for each in same]
+                role: Role = "producer" if consumed.isdisjoint(labels.tolist()) else "consumer"
+                members += [Member(each, dim, role, index_UC) for each in same]
     norms = []
     for name in sorted({mark.module for mark in trace.marks if mark.kind == "reduced"} & trace.norms.keys()):
-        index_UC = _owned(trace, trace.norms[name], channel, name)
+        index_UC = _owned(trace, trace.norms[name], hidden, name)
         if index_UC is not None:
             norms.append(Norm(name, index_UC))
-    return UnitGroup("hidden", block, "", len(hidden), 1, tuple(members), tuple(norms))
+    return UnitGroup("hidden", OUTSIDE, "", len(hidden), 1, tuple(members), tuple(norms))
 
 
 def _refuse_obstacles(trace: Trace, hidden: set[int]) -> None:
@@ -59,25 +62,17 @@ def _refuse_obstacles(trace: Trace, hidden: set[int]) -> None:
             raise StructureError(mark.reason.format("the hidden channels"))
 
 
-def _role(trace: Trace, labels: LabelArray) -> Role:
-    own = set(labels.tolist())
-    return (
-        "consumer"
-        if any(mark.kind == "consumed" and own & set(mark.labels.tolist()) for mark in trace.marks)
-        else "producer"
-    )
-
-
-def _owned(trace: Trace, labels: LabelArray, channel: dict[int, int], where: str) -> LabelArray | None:
-    """For every channel the indices of this dimension that belong to it, or None if none does."""
-    owners = [channel.get(root, -1) for root in trace.labels.find(labels).tolist()]
-    if max(owners, default=-1) < 0:
+def _owned(trace: Trace, labels: LabelArray, hidden: LabelArray, where: str) -> LabelArray | None:
+    """For every channel (``hidden`` are their roots) the indices of this dimension that belong to it, or None."""
+    roots = trace.labels.find(labels)
+    order = np.argsort(hidden)
+    place = np.minimum(np.searchsorted(hidden[order], roots), len(hidden) - 1)
+    belongs = hidden[order][place] == roots
+    if not belongs.any():
         return None
-    index = [[] for _ in channel]  # type: list[list[int]]
-    for place, owner in enumerate(owners):
-        if owner < 0:
-            raise StructureError(f"only a part of {where} belongs to the residual stream")
-        index[owner].append(place)
-    if len({len(own) for own in index}) != 1:
+    if not belongs.all():
+        raise StructureError(f"only a part of {where} belongs to the residual stream")
+    owners = order[place]
+    if len(np.unique(np.bincount(owners, minlength=len(hidden)))) != 1:
         raise StructureError(f"{where} belongs to the channels of the residual stream in unequal parts")
-    return np.array(index, dtype=np.int64)
+    return np.argsort(owners, kind="stable").reshape(len(hidden), -1)
