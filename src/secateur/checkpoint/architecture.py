@@ -26,10 +26,9 @@ def loader_for(config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     named, automatic = _named_class(config), _mapped_class(AutoModelForCausalLM._model_mapping, config)
-    if _remote_loader(config) is not None:
-        return _remote_loader(config)
-    if named is not None and named is not automatic:
-        return named
+    remote = _remote_loader(config)
+    if remote is not None or (named is not None and named is not automatic):
+        return remote or named
     if automatic is None:
         wanted = next(iter(config.architectures or ()), None)
         raise ModelError(
@@ -43,7 +42,10 @@ def is_causal(config: Any) -> bool:
     """Whether the model predicts each token from those before it, so that next-token cross-entropy is its loss."""
     from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 
-    if loader_for(config) is not AutoModelForCausalLM:
+    try:
+        if loader_for(config) is not AutoModelForCausalLM:
+            return False
+    except ModelError:  # a model of the user's own making, of a type that is no language model
         return False
     # Encoders that can also be built as decoders say which they are; of other families the field means nothing.
     return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", True))
