@@ -116,13 +116,12 @@ def prove_cut(skeleton: Skeleton, structure: Structure, cut: ModelCut) -> Verdic
     return verdict
 
 
-def proved_shape(skeleton: Skeleton, structure: Structure, cut: ModelCut) -> OutputShape:
-    """The config for what ``cut`` leaves, in a form that was proved on a small instance.
+def proved_shape(skeleton: Skeleton, structure: Structure, cut: ModelCut, verdict: Verdict) -> OutputShape:
+    """The config for what ``cut`` leaves, in a form that the proof has not refuted, best the one it has found right.
 
     Raises:
-        StructureError: the proof fails, or no proved form can say these sizes.
+        StructureError: no such form can say these sizes.
     """
-    verdict = prove_cut(skeleton, structure, cut)
     return output_shape(
         skeleton, cut, structure, lambda form: form == verdict.form or form not in verdict.failed, verdict.assignment
     )

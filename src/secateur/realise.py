@@ -23,6 +23,7 @@ from secateur.console import log, track
 from secateur.errors import PlanError
 from secateur.files import human_bytes, require_space
 from secateur.plans import Plan
+from secateur.proof import Verdict, prove_cut, proved_shape
 from secateur.removal.decision import BlockDecision
 from secateur.structure import (
     OUTSIDE,
@@ -94,9 +95,27 @@ class Realisation:
         return BlockDecision(self.cut.blocks[index], masks, matrices)
 
     @cached_property
+    def proof(self) -> Verdict | None:
+        """The proof of this cut on a small instance of the config; None where nothing is cut.
+
+        Raises:
+            StructureError: cut and masked differ.
+        """
+        if not self.cut.takes_anything():
+            return None
+        assert self.structure is not None  # a cut names units of it
+        verdict = prove_cut(self.checkpoint.skeleton, self.structure, self.cut)
+        log.info("Proved on a small instance: cut and masked out agree to %.0e.", verdict.difference)
+        return verdict
+
+    @cached_property
     def output(self) -> OutputShape:
         """The config that says the new sizes."""
-        found = output_shape(self.checkpoint.skeleton, self.cut, self.structure)
+        structure = self.structure or Structure([], [])
+        if self.proof is None:
+            found = output_shape(self.checkpoint.skeleton, self.cut, structure)
+        else:
+            found = proved_shape(self.checkpoint.skeleton, structure, self.cut, self.proof)
         found.config.dtype = self.checkpoint.dtype
         found.config._name_or_path = ""
         return found

@@ -36,6 +36,10 @@ class ModelCut:
     outside: Sequence[Removal] = ()
     dropped: tuple[int, ...] = ()
 
+    def takes_anything(self) -> bool:
+        """Whether any unit leaves at all."""
+        return bool(self.dropped) or any(len(units) for part in (*self.blocks, self.outside) for _, units in part)
+
     def kept(self) -> list[int]:
         """Dense numbers of the blocks that stay; their place in this list is their new number."""
         return [index for index in range(len(self.blocks)) if index not in self.dropped]
