@@ -21,7 +21,7 @@ from secateur.files import cache_folder, require_space
 from secateur.loading import load
 from secateur.plans import MASKS_FILE, PLAN_FILE, load_plan
 from secateur.realise import MODELLING_FILE, check_tokens
-from secateur.report.card import model_card
+from secateur.report.card import recovered_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
 from secateur.run import Result, already_complete, finished, timed_run
 from secateur.runfolder import absolute, check_apart, is_complete
@@ -81,7 +81,8 @@ def recover_folder(
         # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
         remote = (partial / MODELLING_FILE).is_file()
         record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
-        _write_card(checkpoint, partial, record)
+        recipe = checkpoint.folder / RECORD / "recipe.yaml"
+        write_card(partial, recovered_facts(record, recipe.read_text(encoding="utf-8") if recipe.is_file() else None))
     return finished(out, record, push_to_hub)
 
 
@@ -94,7 +95,10 @@ def sparse_masks(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     planned = _masked_by_plan(checkpoint)
     for index in track(range(len(checkpoint.skeleton.blocks)), "Looking for masks"):
         prefix = checkpoint.skeleton.block_prefix(index)
-        for name, weight_OI in checkpoint.read([prefix + n for n in checkpoint.skeleton.prunable(index)]).items():
+        matrices = checkpoint.skeleton.prunable(index).values()
+        # Training changes no others: packed experts and transposed matrices keep their zeros by themselves.
+        trained = [prefix + m.parameter for m in matrices if m.expert is None and not m.transposed]
+        for name, weight_OI in checkpoint.read(trained).items():
             kept_OI = weight_OI != 0
             if name in planned or float(kept_OI.float().mean()) <= 1 - SPARSE_FROM:
                 masks[name] = kept_OI
@@ -207,24 +211,3 @@ def _record(
         "training": training,
         "uneven": (partial / MODELLING_FILE).is_file(),
     }
-
-
-def _write_card(checkpoint: Checkpoint, partial: Path, record: dict[str, Any]) -> None:
-    name = record["model"]["hub_id"] or Path(record["model"]["spec"]).name
-    training, data = record["training"], record["data"]
-    recipe = checkpoint.folder / RECORD / "recipe.yaml"
-    facts = {
-        "title": f"{name}, pruned and recovered",
-        "model": record["model"],
-        "what": f"A pruned {name}, tuned with LoRA for {training['steps']} steps on {data['windows']} windows of "
-        f"{data['window_length']} tokens ({data['description']}); the adapters are merged.",
-        "before": record["before"],
-        "after": record["after"],
-        "asked": "recovery of a pruned model",
-        "criterion": "LoRA on every linear layer of the blocks",
-        "calibration": data,
-        "uneven": record["uneven"],
-        "figures": None,
-        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else "model: unknown",
-    }
-    (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
