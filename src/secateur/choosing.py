@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -24,9 +23,8 @@ from secateur.allocation.pools import Chosen, Key
 from secateur.allocation.two_tier import check_middle
 from secateur.allocation.uniform import check_share, rounded
 from secateur.checkpoint.reader import Checkpoint
-from secateur.console import log
 from secateur.errors import RecipeError
-from secateur.recipe import SPANNING, Recipe
+from secateur.recipe import Recipe
 from secateur.removal.decision import Removals
 from secateur.scoring import unit_key
 from secateur.structure import Structure, UnitGroup
@@ -114,11 +112,15 @@ class Chooser:
         if target is not None:
             dense = self.costs.after({}).of(target.measure)
             return Goal(remains=(dense, target.of(dense)))
-        totals = {
-            name: sum(int(self._sizes(pool)[list(pool.may_leave)].sum()) for pool in pools)
-            for name, pools in self._rankings().items()
-        }
-        return Goal(kept={name: (total, total - int(self.recipe.cut_ratio * total)) for name, total in totals.items()})
+        rankings = self._rankings()
+        totals = {name: sum(self._held(pool) for pool in pools) for name, pools in rankings.items()}
+        return Goal(
+            budgets={name: int(self.recipe.cut_ratio * total) for name, total in totals.items()},
+            unit_sizes={
+                pool.key: self._sizes(pool).unique() if pool.kind != "block" else self._sizes(pool)
+                for pool in self.pools
+            },
+        )
 
     def amounts(self, scores: Mapping[Key, torch.Tensor] | None = None) -> Amounts:
         """Under a policy that says how much each pool gives: how many units of every family.
@@ -160,8 +162,7 @@ class Chooser:
             return self.costs.after(leave_everywhere(self.pools, choose(share) if share else {})).of(target.measure)
 
         solved = solve(target, at_most, cost, " and ".join(self.recipe.cut_kinds))
-        if self._given is None:
-            self._note_target(at_most, solved)
+        self._note_target(at_most, solved)
         return solved.share
 
     # -- which
@@ -179,18 +180,19 @@ class Chooser:
     def choose_in(self, block: int, scores: Mapping[str, torch.Tensor]) -> Removals:
         """What leaves one block, by a policy that needs no other block's scores."""
         return [
-            (pool.groups[0], lowest_units(pool, scores[unit_key(pool.groups[0])], self._amounts_once[pool.key]))
+            (pool.groups[0], lowest_units(pool, scores[unit_key(pool.groups[0])], self.planned[pool.key]))
             for pool in self.pools
             if pool.block == block
         ]
 
     @cached_property
-    def _amounts_once(self) -> Amounts:
+    def planned(self) -> Amounts:
+        """The amounts as far as they are known before anything is scored."""
         return self.amounts()
 
     def foreseen(self) -> dict[int, Removals]:
         """The sizes that will be left, before anything is scored: as many units as will leave, the first ones."""
-        return leave_everywhere(self.pools, self._lowest(self._amounts_once, None))
+        return leave_everywhere(self.pools, self._lowest(self.planned, None))
 
     def _pool_scores(self, scores_of: ScoresOf) -> dict[Key, torch.Tensor]:
         scores = {pool.key: torch.zeros(pool.groups[0].count, dtype=torch.float64) for pool in self.pools}
@@ -212,7 +214,14 @@ class Chooser:
         return {kind: [pool for pool in self.pools if pool.kind == kind] for kind in self.recipe.cut_kinds}
 
     def _sizes(self, pool: Pool) -> torch.Tensor:
+        """How many parameters each unit holds; in a round of several those of the dense model, which its goal counts in."""
+        if self._given is not None and pool.key in self._given.unit_sizes:
+            return self._given.unit_sizes[pool.key].expand(pool.groups[0].count)
         return pool.sizes(self.costs.shapes_of)
+
+    def _held(self, pool: Pool) -> int:
+        """Parameters of the units that may leave."""
+        return int(self._sizes(pool)[list(pool.may_leave)].sum())
 
     def _choose_globally(self, scores: Mapping[Key, torch.Tensor]) -> Chosen:
         goal = self.goal()
@@ -224,7 +233,7 @@ class Chooser:
             share = self.recipe.cut_ratio
         free = self._ranked(scores, share, goal)
         chosen = self._round_up(free, scores)
-        if self.recipe.round_to > 1 and self._given is None:
+        if self.recipe.round_to > 1:
             self._note_rounding(free, chosen)
         return chosen
 
@@ -234,9 +243,8 @@ class Chooser:
         for name, pools in self._rankings().items():
             dropped = {unit for (kind, _, _), units in chosen.items() if kind == "block" for unit in units}
             ranking = self._ranking(tuple(pool for pool in pools if pool.block not in dropped), scores)
-            budget = int(share * ranking.total)
-            if name in goal.kept and not dropped and goal.remains is None:
-                budget = max(0, ranking.total - goal.kept[name][1])
+            # Out of fewer blocks the same share is fewer parameters.
+            budget = goal.budgets[name] if name in goal.budgets and not dropped else int(share * ranking.total)
             chosen |= ranking.take(budget)
         return chosen
 
@@ -261,29 +269,6 @@ class Chooser:
         return {key: units for key, units in result.items() if key in chosen}
 
     # -- what is said of it
-
-    def warn_of_nothing(self) -> bool:
-        """Say loudly which kinds round to nothing; returns whether that is all of them."""
-        if self.recipe.allocation == "global" or not self.pools:
-            return False
-        empty = []
-        for kind in self.recipe.cut_kinds:
-            pools = [pool for pool in self.pools if pool.kind == kind]
-            if any(self._amounts_once[pool.key] for pool in pools):
-                continue
-            empty.append(kind)
-            sizes = sorted({pool.size for pool in pools})
-            log.warning(
-                "NOTHING of kind '%s' leaves: %g of %s %s rounds down to none%s.",
-                kind,
-                self.recipe.cut_ratio,
-                " or ".join(map(str, sizes)),
-                "in the model" if kind in SPANNING else "per block",
-                f"; the smallest ratio that takes one is {math.ceil(1000 / max(sizes)) / 1000:.3f}"
-                if max(sizes) > 1
-                else "",
-            )
-        return tuple(empty) == self.recipe.cut_kinds
 
     def _note_target(self, at_most: int, solved: Solved) -> None:
         target = self.recipe.parsed_target()

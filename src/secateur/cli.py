@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from secateur.errors import SecateurError, Stopped
+from secateur.flags import RemoteOption, with_recipe
 
 app = typer.Typer(
     name="secateur",
@@ -26,98 +28,6 @@ stdout = Console()
 
 NO_MEMORY = "this machine's memory is used up; give a smaller --micro-batch, --memory or --window-length"
 
-ModelArgument = Annotated[
-    str | None,
-    typer.Argument(
-        help="A folder with safetensors, a .gguf file, a hub id such as org/name, or `smollm2`.", show_default=False
-    ),
-]
-CriterionOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What a weight is worth: random, magnitude, wanda, gblm, taylor. Options ride on the name: "
-        "`gblm:norm=l2,alpha=100`, `taylor:order=mixed`. [default: taylor]",
-        show_default=False,
-    ),
-]
-UnitOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What leaves together: `weight`; N:M such as `2:4` (keep 2 of every 4 inputs); `head` (with grouped queries a "
-        "whole KV group); `query` (one query head from every group); `channel` (MLP). Several: `head,channel`. [default: channel]",
-        show_default=False,
-    ),
-]
-RatioOption = Annotated[
-    float | None,
-    typer.Option(
-        help="Share of units of each kind in each block that leaves, in [0, 1), rounded down. "
-        "[default: 0.2 for what is cut, 0.5 for weights]",
-        show_default=False,
-    ),
-]
-WithinOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Where single weights compete: row, layer (one matrix) or global. [default: row]", show_default=False
-    ),
-]
-AllocationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="uniform: the same share from every block. global: one ranking over the model, scores per parameter; "
-        "blocks then differ in size. [default: uniform]",
-        show_default=False,
-    ),
-]
-ReduceOption = Annotated[
-    str | None,
-    typer.Option(
-        help="How a unit's matrices count together: sum, mean, max, prod, first or last. [default: sum]",
-        show_default=False,
-    ),
-]
-PropagateOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What the blocks see: dense (scores are kept, another ratio costs seconds) or pruned inputs. "
-        "[default: as published; pruned for wanda and gblm]",
-        show_default=False,
-    ),
-]
-BlocksOption = Annotated[
-    str | None,
-    typer.Option(
-        help="FIRST:LAST, the blocks that may be pruned, LAST excluded; `4:30` protects the ends.", show_default=False
-    ),
-]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="`self` (text the model writes itself), a .txt, .jsonl or .parquet file, "
-        "`hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]`, `python-docs`, or .safetensors with input_ids (N, T). [default: self]",
-        show_default=False,
-    ),
-]
-WindowsOption = Annotated[
-    int | None, typer.Option(help="How many calibration windows. [default: 32]", show_default=False)
-]
-LengthOption = Annotated[int | None, typer.Option(help="Tokens in a window. [default: 256]", show_default=False)]
-SeedOption = Annotated[int | None, typer.Option(help="Seed of everything random. [default: 0]", show_default=False)]
-MicroBatchOption = Annotated[
-    int | None, typer.Option(help="Windows that run through a block at once. [default: 1]", show_default=False)
-]
-MemoryOption = Annotated[
-    str | None,
-    typer.Option(
-        help="What block inputs and kept activations may take; the rest goes to disk or is computed again. [default: 2GiB]",
-        show_default=False,
-    ),
-]
-RecipeOption = Annotated[
-    Path | None, typer.Option(help="YAML with the same fields as these flags; flags win.", show_default=False)
-]
-RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace an existing result, once the new one is complete.")
@@ -127,6 +37,8 @@ PushOption = Annotated[
     str | None,
     typer.Option(metavar="REPO", help="Upload the finished folder to this hub repository.", show_default=False),
 ]
+ChosenRecipe = Callable[[], Any]
+"""Reads the recipe that the flags of ``with_recipe`` make, once logging is set up."""
 OutOption = Annotated[
     Path, typer.Option(help="The folder to write; it appears when everything has succeeded.", show_default=False)
 ]
@@ -149,12 +61,6 @@ def _common(
     """Options of the program as a whole."""
 
 
-def _recipe(file: Path | None, trust_remote_code: bool, **given: Any) -> Any:
-    from secateur.recipe import recipe_from
-
-    return recipe_from(file, trust_remote_code=trust_remote_code or None, **given)
-
-
 def _begin(verbose: bool) -> None:
     from secateur import console
 
@@ -166,24 +72,10 @@ def _print_json(record: Any) -> None:
 
 
 @app.command()
+@with_recipe
 def prune(
+    chosen: ChosenRecipe,
     out: OutOption,
-    model: ModelArgument = None,
-    criterion: CriterionOption = None,
-    unit: UnitOption = None,
-    ratio: RatioOption = None,
-    within: WithinOption = None,
-    allocation: AllocationOption = None,
-    reduce: ReduceOption = None,
-    propagate: PropagateOption = None,
-    blocks: BlocksOption = None,
-    calibration: CalibrationOption = None,
-    windows: WindowsOption = None,
-    window_length: LengthOption = None,
-    seed: SeedOption = None,
-    micro_batch: MicroBatchOption = None,
-    memory: MemoryOption = None,
-    recipe: RecipeOption = None,
     evaluate_on: Annotated[
         str | None,
         typer.Option(
@@ -196,7 +88,6 @@ def prune(
     ] = None,
     overwrite: OverwriteOption = False,
     push_to_hub: PushOption = None,
-    trust_remote_code: RemoteOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -205,15 +96,11 @@ def prune(
     Example: `secateur prune smollm2 --out smaller --unit channel --ratio 0.25`
     """
     _begin(verbose)
-    chosen = _recipe(
-        recipe, trust_remote_code, model=model, criterion=criterion, unit=unit, ratio=ratio, within=within,
-        allocation=allocation, reduce=reduce, propagate=propagate, blocks=blocks, calibration=calibration,
-        windows=windows, window_length=window_length, seed=seed, micro_batch=micro_batch, memory=memory,
-    )  # fmt: skip
+    recipe = chosen()
     from secateur import run
     from secateur.report.tables import run_table
 
-    result = run.prune(chosen, out, overwrite, evaluate_on, push_to_hub)
+    result = run.prune(recipe, out, overwrite, evaluate_on, push_to_hub)
     if as_json:
         _print_json({"out": str(result.folder), "already_complete": result.complete_before, **result.record})
     else:
@@ -221,42 +108,23 @@ def prune(
 
 
 @app.command()
+@with_recipe
 def plan(
-    model: ModelArgument = None,
+    chosen: ChosenRecipe,
     out: Annotated[Path, typer.Option(help="Where the plan goes: a .json file, or a folder for plan.json.")] = Path(
         "plan.json"
     ),
-    criterion: CriterionOption = None,
-    unit: UnitOption = None,
-    ratio: RatioOption = None,
-    within: WithinOption = None,
-    allocation: AllocationOption = None,
-    reduce: ReduceOption = None,
-    propagate: PropagateOption = None,
-    blocks: BlocksOption = None,
-    calibration: CalibrationOption = None,
-    windows: WindowsOption = None,
-    window_length: LengthOption = None,
-    seed: SeedOption = None,
-    micro_batch: MicroBatchOption = None,
-    memory: MemoryOption = None,
-    recipe: RecipeOption = None,
     overwrite: OverwriteOption = False,
-    trust_remote_code: RemoteOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Make the same decision as `prune`, write nothing but the plan, and print sizes before and after."""
     _begin(verbose)
-    chosen = _recipe(
-        recipe, trust_remote_code, model=model, criterion=criterion, unit=unit, ratio=ratio, within=within,
-        allocation=allocation, reduce=reduce, propagate=propagate, blocks=blocks, calibration=calibration,
-        windows=windows, window_length=window_length, seed=seed, micro_batch=micro_batch, memory=memory,
-    )  # fmt: skip
+    recipe = chosen()
     from secateur import run
     from secateur.report.tables import plan_table
 
-    _, result = run.make_plan(chosen, out, overwrite)
+    _, result = run.make_plan(recipe, out, overwrite)
     if as_json:
         _print_json(result.record)
     else:

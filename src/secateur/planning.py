@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from secateur.console import log, track
 from secateur.errors import RecipeError
 from secateur.identities import calibration_identity, calibration_windows, model_identity
 from secateur.plans import Plan
-from secateur.recipe import Recipe
+from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
 from secateur.scoring import add_states, as_states, block_scores, weight_scores
 from secateur.statistics import GradientStatistic, Statistic
@@ -110,7 +111,9 @@ class Planner:
 
     def _check_amounts(self) -> None:
         """Say loudly what rounds to nothing, and find widths that N:M does not divide, before any work."""
-        if self.chooser.warn_of_nothing() and not self.recipe.masks_weights:
+        kinds = self.recipe.cut_kinds if self.recipe.allocation != "global" else ()
+        empty = [kind for kind in kinds if self._warn_if_nothing(kind)]
+        if empty and len(empty) == len(kinds) and not self.recipe.masks_weights:
             raise removes_nothing(self.recipe)
         pattern = self.recipe.n_of_m
         if pattern is None or self.recipe.allocation == "global":
@@ -125,6 +128,24 @@ class Planner:
                         f"{pattern} needs widths that {pattern.group} divides, but '{skeleton.block_prefix(index)}{name}' "
                         f"has {inputs} inputs; choose another M"
                     )
+
+    def _warn_if_nothing(self, kind: str) -> bool:
+        """Say loudly when a kind rounds to nothing; returns whether it does."""
+        pools = [pool for pool in self.chooser.pools if pool.kind == kind]
+        if any(self.chooser.planned[pool.key] for pool in pools):
+            return False
+        sizes = sorted({pool.size for pool in pools})
+        log.warning(
+            "NOTHING of kind '%s' leaves: %s of %s %s rounds down to none%s.",
+            kind,
+            self.recipe.target or f"{self.recipe.cut_ratio:g}",
+            " or ".join(map(str, sizes)),
+            "in the model" if kind in SPANNING else "per block",
+            f"; the smallest ratio that takes one is {math.ceil(1000 / max(sizes)) / 1000:.3f}"
+            if max(sizes) > 1
+            else "",
+        )
+        return True
 
     # -- dense propagation: score everything, then choose
 

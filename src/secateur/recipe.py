@@ -156,6 +156,8 @@ class Recipe(BaseModel):
 
     def _check_allocation(self) -> None:
         spread = self.allocation
+        if self.steps > 1 and spread == "global" and "block" in self.cut_kinds and len(self.cut_kinds) > 1:
+            raise RecipeError("blocks and other units have no global choice in several --steps; leave --steps out")
         if "query" in self.cut_kinds and spread == "global":
             raise RecipeError(
                 "query heads leave every group in equal number, so they have no global choice; use --allocation uniform"

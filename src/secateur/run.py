@@ -23,8 +23,9 @@ from secateur.planning import Workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
 from secateur.recipe import Recipe
-from secateur.report.card import model_card
-from secateur.report.count import Count, count_checkpoint, count_folder
+from secateur.report.card import pruned_facts, write_card
+from secateur.report.count import count_checkpoint, count_folder
+from secateur.report.words import asked, notes_in_words, reached
 from secateur.runfolder import RUN_FILE, absolute, check_apart, check_free, is_complete, run_folder
 from secateur.stepping import make_decision
 
@@ -187,9 +188,11 @@ def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], 
         record["evaluation"] = evaluation.to_json()
         for figures in record["evaluation"]["models"].values():
             del figures["folder"]  # the folder it was measured in is about to be renamed
-    write_card(partial, plan, realisation, record)
+    write_card(partial, pruned_facts(plan, realisation.checkpoint.source.card, record))
     log.info("Asked for %s.", asked(plan))
     log.info("Reached: %s.", record["reached"])
+    for line in notes_in_words(plan.notes):
+        log.info("%s.", line[0].upper() + line[1:])
     log.info("%s; the fresh process agrees to %.0e.", describe_sizes(*realisation.sizes()), record["logits_difference"])
 
 
@@ -199,75 +202,11 @@ def _plan_record(plan: Plan, realisation: Realisation) -> dict[str, Any]:
         "model": plan.model.model_dump(),
         "asked": asked(plan),
         "chosen": plan_summary(plan),
+        "notes": plan.notes,
         "calibration": plan.calibration.model_dump() if plan.calibration else None,
         "architecture": realisation.output.architecture,
         "uneven": realisation.output.uneven,
         "sizes": {"before": before.to_json(), "after": after.to_json()},
-    }
-
-
-def asked(plan: Plan) -> str:
-    """The recipe's demand in words."""
-    recipe, parts = plan.recipe, []
-    if recipe.cut_kinds:
-        where = "of each block's" if recipe.allocation == "uniform" else "of the model's parameters in"
-        parts.append(f"{100 * recipe.cut_ratio:g} % {where} {' and '.join(recipe.cut_kinds)} units")
-    if recipe.n_of_m:
-        parts.append(f"{recipe.n_of_m} sparsity")
-    elif recipe.masks_weights:
-        within = {"row": "of every row", "layer": "of every matrix", "global": "of the weights of all matrices"}
-        parts.append(f"{100 * recipe.mask_ratio:g} % {within[recipe.within]}")
-    blocks = f" in blocks {recipe.blocks}" if recipe.blocks else ""
-    return " and ".join(parts) + blocks
-
-
-def reached(plan: Plan, before: Count, after: Count) -> str:
-    """What the written files hold, in words."""
-    parts = []
-    for kind in plan.recipe.cut_kinds:
-        there, left = before.units.get(kind, 0), after.units.get(kind, 0)
-        if there:
-            parts.append(f"{there - left} of {there} {kind} units gone ({100 * (there - left) / there:.2f} %)")
-    gone = before.parameters - after.parameters
-    if gone:
-        parts.append(f"{gone:,} of {before.parameters:,} parameters gone ({100 * gone / before.parameters:.2f} %)")
-    if plan.recipe.masks_weights:
-        parts.append(
-            f"{after.zeros:,} zeros in {after.prunable:,} weights of the blocks' matrices ({100 * after.zeros / after.prunable:.2f} %)"
-        )
-    if after.valid_n_of_m is not None:
-        parts.append(f"{plan.recipe.n_of_m} holds in every group")
-    return "; ".join(parts)
-
-
-def write_card(folder: Path, plan: Plan, realisation: Realisation, record: dict[str, Any]) -> None:
-    """Write the model card of a pruned folder."""
-    name = plan.model.hub_id or Path(plan.model.spec).name
-    facts = {
-        "title": f"{name}, pruned",
-        "model": plan.model.model_dump() | {"card": realisation.checkpoint.source.card},
-        "what": f"[Secateur](https://pypi.org/project/secateur/) took from {name}: {record['reached']}.",
-        "before": record["before"],
-        "after": record["after"],
-        "asked": record["asked"],
-        "criterion": plan.recipe.criterion,
-        "calibration": record["calibration"],
-        "uneven": realisation.output.uneven,
-        "figures": figures_from(record.get("evaluation")),
-        "recipe": plan.recipe.to_yaml(),
-    }
-    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
-
-
-def figures_from(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The card's table of an evaluation's JSON."""
-    if not evaluation:
-        return None
-    models = evaluation["models"]
-    return {
-        "columns": list(models),
-        "rows": {"perplexity": [f"{entry['perplexity']['value']:.2f}" for entry in models.values()]},
-        "protocol": evaluation["protocol"],
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from secateur.allocation.pools import Key
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.console import log
 from secateur.identities import model_identity
@@ -37,7 +38,7 @@ def _plan_in_steps(dense: Planner) -> Plan:
     current, chosen, plan = checkpoint, dict[int, Removals](), None
     for step in range(1, steps + 1):
         blocks = model_cut(chosen, count).kept()
-        part = goal.part(step, steps, blocks)
+        part = goal.part(step, steps, blocks, _by_pool(chosen))
         if goal.leaving and not any(part.leaving.values()):
             continue
         log.info("Round %d of %d.", step, steps)
@@ -51,13 +52,18 @@ def _plan_in_steps(dense: Planner) -> Plan:
         )
         found = planner.plan()
         chosen = compose(structure, chosen, found.everywhere(planner.structure, len(blocks)))
-        plan = _plan_of(checkpoint, recipe, structure, chosen, found)
+        plan = _plan_of(checkpoint, recipe, chosen, found)
         if step < steps:
             current = _realised(Realisation(checkpoint, plan, structure), scratch / "model")
     if plan is None or not plan.removes_anything():
         raise removes_nothing(recipe)
-    plan.notes = dense.chooser.notes
+    plan.notes = dense.chooser.notes | plan.notes
     return plan
+
+
+def _by_pool(chosen: dict[int, Removals]) -> dict[Key, list[int]]:
+    """The units that are gone; hidden channels once, from outside the blocks."""
+    return {(group.kind, block, group.module): units for block, removals in chosen.items() for group, units in removals}
 
 
 def _recipe_of_round(recipe: Recipe, allowed: list[int], last: bool) -> Recipe:
@@ -73,10 +79,8 @@ def _recipe_of_round(recipe: Recipe, allowed: list[int], last: bool) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def _plan_of(
-    checkpoint: Checkpoint, recipe: Recipe, structure: Structure, chosen: dict[int, Removals], found: Plan
-) -> Plan:
-    plan = Plan(model=model_identity(checkpoint), recipe=recipe, calibration=found.calibration)
+def _plan_of(checkpoint: Checkpoint, recipe: Recipe, chosen: dict[int, Removals], found: Plan) -> Plan:
+    plan = Plan(model=model_identity(checkpoint), recipe=recipe, calibration=found.calibration, notes=found.notes)
     for block, removals in chosen.items():
         plan.add(block, BlockDecision(removals))
     return plan

@@ -97,7 +97,7 @@ def test_every_policy_hits_its_target_and_empties_nothing(shapes, ratio, data):
     share = float(ratio)
     middle = pools[1 : data.draw(st.integers(2, len(pools)))]
     for chosen_from, amounts, wanted in (
-        (pools, uniform_amounts(pools, share), lambda p: Fraction(share)),
+        (pools, uniform_amounts(pools, share), lambda p: share),
         (middle, two_tier_amounts(middle, pools, share), lambda p: middle_share(middle, pools, share, "channel")),
     ):
         for mine in chosen_from:
@@ -166,12 +166,14 @@ def test_parts_of_a_goal_add_up():
     """However many rounds, each count is reached exactly, and blocks that left are asked for nothing more."""
     goal = Goal(leaving={("channel", 0, "mlp"): 7, ("channel", 2, "mlp"): 10, ("block", OUTSIDE, "b"): 1})
     for steps in (1, 2, 3, 5, 20):
-        parts = [goal.part(step, steps, range(3)) for step in range(1, steps + 1)]
+        parts = [goal.part(step, steps, range(3), {}) for step in range(1, steps + 1)]
         assert {key: sum(part.leaving[key] for part in parts) for key in goal.leaving} == goal.leaving
-    assert goal.part(1, 1, [0, 2]).leaving[("channel", 1, "mlp")] == 10, "block 2 is the second that is left"
-    halves = [Goal(kept={"together": (100, 40)}, remains=(1000, 500)).part(step, 2, range(3)) for step in (1, 2)]
-    assert [part.kept["together"][1] for part in halves] == [70, 40]
-    assert [part.remains[1] for part in halves] == [750, 500]
+    assert goal.part(1, 1, [0, 2], {}).leaving[("channel", 1, "mlp")] == 10, "block 2 is the second that is left"
+    key = ("channel", 2, "mlp")
+    ranking = Goal(budgets={"together": 60}, unit_sizes={key: torch.tensor([7])}, remains=(1000, 500))
+    first, second = ranking.part(1, 2, range(3), {}), ranking.part(2, 2, range(3), {key: [0, 5, 9]})
+    assert (first.budgets["together"], second.budgets["together"]) == (30, 60 - 3 * 7)
+    assert (first.remains, second.remains) == ((1000, 750), (1000, 500))
 
 
 def test_a_target_is_met_by_the_smallest_share():

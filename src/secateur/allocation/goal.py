@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
 
 from secateur.allocation.pools import Key
 from secateur.errors import RecipeError
@@ -15,32 +17,49 @@ HALVINGS = 40
 
 @dataclass(frozen=True)
 class Goal:
-    """One of three: a number for each pool, parameters that each ranking keeps, or what remains of the model.
+    """One of three: a number for each pool, parameters for each ranking, or what remains of the model.
 
     Attributes:
         leaving: how many units leave each family of each pool.
-        kept: for each ranking how many parameters its units hold in the dense model, and how many they keep at least.
+        budgets: how many parameters leave each ranking.
+        unit_sizes: for the rankings, how many parameters each unit of a pool holds in the dense model, ``(U,)``; a single
+            number where they are alike.
         remains: of the target's measure, what the dense model has, and the most that may remain.
     """
 
     leaving: dict[Key, int] = field(default_factory=dict)
-    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
+    budgets: dict[str, int] = field(default_factory=dict)
+    unit_sizes: dict[Key, torch.Tensor] = field(default_factory=dict)
     remains: tuple[int, int] | None = None
 
-    def part(self, step: int, steps: int, blocks: Sequence[int]) -> Goal:
-        """What round ``step`` (from 1) of ``steps`` takes of a model that still has ``blocks`` (dense numbers).
+    def part(self, step: int, steps: int, blocks: Sequence[int], gone: Mapping[Key, Sequence[int]]) -> Goal:
+        """What round ``step`` (from 1) of ``steps`` takes.
 
         The schedule is linear in the dense model's counts, as LLM-Pruner's iterative steps are.
+
+        Args:
+            blocks: dense numbers of the blocks that are left.
+            gone: what the rounds before took, in the dense model's numbers.
         """
         number = {old: new for new, old in enumerate(blocks)} | {OUTSIDE: OUTSIDE}
-        return replace(
-            self,
+        spent = dict.fromkeys(self.budgets, 0)
+        for key, units in gone.items():
+            if key in self.unit_sizes:
+                name = key[0] if key[0] in spent else "together"
+                sizes = self.unit_sizes[key]
+                spent[name] += int(sizes) * len(units) if len(sizes) == 1 else int(sizes[list(units)].sum())
+        return Goal(
             leaving={
                 (kind, number[block], module): count * step // steps - count * (step - 1) // steps
                 for (kind, block, module), count in self.leaving.items()
                 if block in number
             },
-            kept={name: (dense, dense - (dense - left) * step // steps) for name, (dense, left) in self.kept.items()},
+            budgets={name: max(0, budget * step // steps - spent[name]) for name, budget in self.budgets.items()},
+            unit_sizes={
+                (kind, number[block], module): sizes if len(sizes) == 1 else sizes[list(blocks)]
+                for (kind, block, module), sizes in self.unit_sizes.items()
+                if block in number
+            },
             remains=self.remains
             and (self.remains[0], self.remains[0] - (self.remains[0] - self.remains[1]) * step // steps),
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from secateur.files import human_bytes
+from secateur.plans import Plan
 
 Facts = dict[str, Any]
 
@@ -41,6 +43,61 @@ def model_card(facts: Facts) -> str:
         f"```yaml\n{facts['recipe'].strip()}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def write_card(folder: Path, facts: Facts) -> None:
+    """Put the card into a finished folder."""
+    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def pruned_facts(plan: Plan, source_card: Facts, record: Facts) -> Facts:
+    """What the card of a pruned folder says."""
+    name = plan.model.hub_id or Path(plan.model.spec).name
+    return {
+        "title": f"{name}, pruned",
+        "model": plan.model.model_dump() | {"card": source_card},
+        "what": f"[Secateur](https://pypi.org/project/secateur/) took from {name}: {record['reached']}.",
+        "before": record["before"],
+        "after": record["after"],
+        "asked": record["asked"],
+        "criterion": plan.recipe.criterion,
+        "calibration": record["calibration"],
+        "uneven": record["uneven"],
+        "figures": _figures_of(record.get("evaluation")),
+        "recipe": plan.recipe.to_yaml(),
+    }
+
+
+def recovered_facts(record: Facts, recipe: str | None) -> Facts:
+    """What the card of a recovered folder says; ``recipe`` is the YAML it was pruned by."""
+    name = record["model"]["hub_id"] or Path(record["model"]["spec"]).name
+    training, data = record["training"], record["data"]
+    return {
+        "title": f"{name}, pruned and recovered",
+        "model": record["model"],
+        "what": f"A pruned {name}, tuned with LoRA for {training['steps']} steps on {data['windows']} windows of "
+        f"{data['window_length']} tokens ({data['description']}); the adapters are merged.",
+        "before": record["before"],
+        "after": record["after"],
+        "asked": "recovery of a pruned model",
+        "criterion": "LoRA on every linear layer of the blocks",
+        "calibration": data,
+        "uneven": record["uneven"],
+        "figures": None,
+        "recipe": recipe or "model: unknown",
+    }
+
+
+def _figures_of(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The card's table of an evaluation's JSON."""
+    if not evaluation:
+        return None
+    models = evaluation["models"]
+    return {
+        "columns": list(models),
+        "rows": {"perplexity": [f"{entry['perplexity']['value']:.2f}" for entry in models.values()]},
+        "protocol": evaluation["protocol"],
+    }
 
 
 def _sizes_table(facts: Facts) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from secateur.files import human_bytes
+from secateur.report.words import notes_in_words
 
 
 def run_table(record: dict[str, Any], out: Path) -> RenderableType:
@@ -30,7 +31,8 @@ def run_table(record: dict[str, Any], out: Path) -> RenderableType:
             _row(table, f"{kind} units", there, left)
     for name, entry in (record.get("evaluation") or {}).get("models", {}).items():
         table.add_row(f"perplexity, {name}", "", f"{entry['perplexity']['value']:.2f}", "")
-    lines = [f"asked:    {record['asked']}", f"reached:  {record['reached']}", "", _load_line(record, out)]
+    lines = [f"asked:    {record['asked']}", f"reached:  {record['reached']}", *notes_in_words(record.get("notes", {}))]
+    lines += ["", _load_line(record, out)]
     return Group(table, Text("\n".join(lines)))
 
 
@@ -55,7 +57,7 @@ def plan_table(record: dict[str, Any]) -> RenderableType:
             chosen["masked_weights"],
             chosen["masked_weights"] - chosen["zeros"],
         )
-    lines = [f"asked:  {record['asked']}"]
+    lines = [f"asked:  {record['asked']}", *notes_in_words(record.get("notes", {}))]
     if "plan" in record:
         lines.append(f"plan:   {record['plan']}")
     return Group(table, Text("\n".join(lines)))

@@ -1,0 +1,76 @@
+"""What was asked and what was reached, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from secateur.plans import Plan
+from secateur.quantities import Target
+from secateur.recipe import SPANNING, Recipe
+from secateur.report.count import Count
+
+
+def asked(plan: Plan) -> str:
+    """The recipe's demand in words."""
+    recipe, parts = plan.recipe, []
+    if recipe.cut_kinds:
+        parts.append(_asked_of_units(recipe))
+    if recipe.n_of_m:
+        parts.append(f"{recipe.n_of_m} sparsity")
+    elif recipe.masks_weights:
+        within = {"row": "of every row", "layer": "of every matrix", "global": "of the weights of all matrices"}
+        parts.append(f"{100 * recipe.mask_ratio:g} % {within[recipe.within]}")
+    blocks = f" in blocks {recipe.blocks}" if recipe.blocks else ""
+    return " and ".join(parts) + blocks
+
+
+def _asked_of_units(recipe: Recipe) -> str:
+    units = f"{' and '.join(recipe.cut_kinds)} units"
+    spread = {
+        "uniform": "of each block's",
+        "two-tier": "of the model's, ends kept whole,",
+        "global": "of the model's parameters in",
+    }[recipe.allocation]
+    if all(kind in SPANNING for kind in recipe.cut_kinds) and recipe.allocation == "uniform":
+        spread = "of the model's"
+    amount = f"{recipe.target} of the model by" if recipe.target else f"{100 * recipe.cut_ratio:g} % {spread}"
+    rounded = f", kept in multiples of {recipe.round_to}" if recipe.round_to > 1 else ""
+    steps = f", in {recipe.steps} rounds" if recipe.steps > 1 else ""
+    return f"{amount} {units}{rounded}{steps}"
+
+
+def notes_in_words(notes: Mapping[str, Any]) -> list[str]:
+    """What a target and rounding came to, a line each."""
+    lines = []
+    if found := notes.get("target"):
+        target = Target(found["measure"], found["at_most"])
+        lines.append(
+            f"target: at most {target.describe(found['at_most'])}; reached {found['reached']:,} "
+            f"(one unit less everywhere would leave {found['next_larger']:,})"
+        )
+    if cost := notes.get("rounding"):
+        more = " and ".join(f"{count:,} {kind} units" for kind, count in cost["units_kept_more"].items()) or "no units"
+        lines.append(
+            f"rounding to {cost['round_to']}: {more} and {cost['parameters_kept_more']:,} parameters kept more than asked"
+        )
+    return lines
+
+
+def reached(plan: Plan, before: Count, after: Count) -> str:
+    """What the written files hold, in words."""
+    parts = []
+    for kind in plan.recipe.cut_kinds:
+        there, left = before.units.get(kind, 0), after.units.get(kind, 0)
+        if there:
+            parts.append(f"{there - left} of {there} {kind} units gone ({100 * (there - left) / there:.2f} %)")
+    gone = before.parameters - after.parameters
+    if gone:
+        parts.append(f"{gone:,} of {before.parameters:,} parameters gone ({100 * gone / before.parameters:.2f} %)")
+    if plan.recipe.masks_weights:
+        parts.append(
+            f"{after.zeros:,} zeros in {after.prunable:,} weights of the blocks' matrices ({100 * after.zeros / after.prunable:.2f} %)"
+        )
+    if after.valid_n_of_m is not None:
+        parts.append(f"{plan.recipe.n_of_m} holds in every group")
+    return "; ".join(parts)
