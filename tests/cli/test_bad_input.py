@@ -361,3 +361,38 @@ def test_a_result_that_does_not_match_fails_the_run(command, llama_folder, windo
 
     monkeypatch.setattr(realise, "fresh_logits", lambda folder, ids, remote_code: torch.zeros(1, ids.shape[1], 128))
     refused(command, tmp_path, "differ from the masked dense model", llama_folder, "--calibration", windows_file)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--target", "110M"], "--target is params=, macs= or bytes="),
+        (["--target", "params=lots"], "is no amount"),
+        (["--target", "params=+20%"], "is no amount"),
+        (["--target", "macs=-100%"], "takes nothing or everything"),
+        (["--target", "params=-20%", "--ratio", 0.2], "leave --ratio 0.2 out"),
+        (["--target", "params=-20%", "--unit", "weight"], "give --ratio instead"),
+        (["--target", "params=1M"], "nothing has to leave"),
+        (["--target", "bytes=1KiB"], "the smallest is 212.0 KiB"),
+        (["--round-to", 8, "--unit", "head"], "is for channel and hidden units"),
+        (["--round-to", 0], "--round-to cannot be '0'"),
+        (["--allocation", "two-tier", "--blocks", "1:2"], "--protect FIRST:LAST instead of --blocks"),
+        (["--allocation", "two-tier", "--protect", "2:1"], "the model has only 3"),
+        (["--allocation", "two-tier", "--unit", "hidden"], "no end can be kept whole"),
+        (["--allocation", "two-tier", "--unit", "weight"], "is for units that are cut"),
+        (["--protect", "1:1"], "under --allocation two-tier"),
+        (["--protect", "1", "--allocation", "two-tier"], "two numbers of blocks"),
+        (["--rank", "apart"], "is about --allocation global"),
+        (["--unit", "hidden", "--blocks", "0:2"], "hidden channels run through all blocks"),
+        (["--unit", "hidden", "--propagate", "pruned"], "use --propagate dense"),
+        (["--unit", "block,channel", "--allocation", "global"], "use --rank apart"),
+        (["--unit", "expert"], "has no 'expert' units"),
+        (["--unit", "weight", "--steps", 2], "masks are chosen in one step"),
+        (["--unit", "block", "--ratio", 0.2], "removes nothing"),
+    ],
+)
+def test_amounts_that_cannot_be(words, sentence, command, llama_folder, tmp_path):
+    code, _, err = command("plan", llama_folder, "--out", tmp_path / "p", "--criterion", "magnitude", *words)
+    assert code == 2
+    assert sentence in err, err
+    assert not (tmp_path / "p").exists()
