@@ -9,6 +9,7 @@ from torch import nn
 
 from secateur.checkpoint.matrices import BlockMatrix, in_own_layout
 from secateur.checkpoint.reader import open_checkpoint
+from secateur.checkpoint.skeleton import build_skeleton
 from secateur.errors import ModelError
 from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputNorm, InputSecondMoment
 from secateur.sweep import Sweep, SweepSettings, taps
@@ -173,3 +174,23 @@ def test_what_cannot_be_watched_is_refused(save, ids_NT, tmp_path, monkeypatch):
     monkeypatch.setattr(taps.Products, "_find", lambda self, weight: None)
     with pytest.raises(ModelError, match="cannot be watched"):
         gather(save(tiny("llama")), ids_NT, tmp_path / "s")
+
+
+def test_a_huge_packed_parameter_costs_no_memory():
+    """One layer's experts, 128 GiB as float32, on any machine; and complex rotary numbers are no choice."""
+    from transformers import DeepseekV2Config
+
+    fields = {"vocab_size": 96, "num_hidden_layers": 1, "hidden_size": 8192, "num_attention_heads": 4}
+    heads = {"num_key_value_heads": 4, "q_lora_rank": None, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+    experts = {
+        "n_routed_experts": 256,
+        "moe_intermediate_size": 8192,
+        "first_k_dense_replace": 0,
+        "n_shared_experts": 1,
+    }
+    config = DeepseekV2Config(**fields, **heads, **experts)
+    config.architectures = ["DeepseekV2ForCausalLM"]
+    matrices = build_skeleton(config).prunable(0)
+    assert matrices["mlp.experts.gate_up_proj[255]"].parameter == "mlp.experts.gate_up_proj"
+    assert "self_attn.q_proj.weight" in matrices
+    assert "mlp.gate.weight" not in matrices

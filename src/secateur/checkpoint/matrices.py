@@ -145,6 +145,7 @@ def block_matrices(model: Any, uses: Uses, prefix: str, block: nn.Module) -> dic
     return found
 
 
+_INDICES = (torch.int64, torch.int32)
 _OPAQUE = {torch.einsum, torch.tensordot, F.bilinear}
 
 
@@ -174,9 +175,10 @@ class _Watch(TorchFunctionMode):
         elif not self._reshape_weight(function, args, outputs):
             given = frozenset().union(*(self._given.get(id(tensor), frozenset()) for tensor in inputs))
             # What turns numbers into indices chooses: a top-k, an argmax.
-            if any(not (tensor.is_floating_point() or tensor.dtype == torch.bool) for tensor in outputs):
+            numbers = [tensor for tensor in outputs if tensor.is_floating_point() or tensor.is_complex()]
+            if any(tensor.dtype in _INDICES for tensor in outputs):
                 self.routers |= given
-            self._given |= {id(tensor): given for tensor in outputs if given and tensor.is_floating_point()}
+            self._given |= {id(tensor): given for tensor in numbers if given}
         return result
 
     def _reshape_weight(self, function: Any, args: Any, outputs: list[torch.Tensor]) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from secateur.checkpoint.architecture import is_causal, loader_for
 from secateur.checkpoint.matrices import BlockMatrix, Uses, block_matrices, find_uses
@@ -126,6 +128,22 @@ def _is_ours(auto_map: dict[str, Any]) -> bool:
     return bool(auto_map) and set(auto_map.values()) == {REMOTE_CLASS}
 
 
+LARGE = 1 << 26
+"""Numbers from which a tensor is not even asked of the system: packed experts can exceed the machine's memory."""
+
+
+class _LargeAreWeightless(TorchFunctionMode):
+    """Makes large blank tensors on the meta device, to which accelerate would move them a moment later."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (torch.empty, torch.zeros) and kwargs.get("device") is None:
+            sizes = args[0] if args and not isinstance(args[0], int) else args
+            if math.prod(sizes) >= LARGE:
+                kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
 def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:
     """Build the model that ``config`` describes without memory for its weights.
 
@@ -138,7 +156,7 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:
     loader = PrunedForCausalLM if is_uneven(config) else loader_for(config)
     try:
         # Buffers stay real: rotary frequencies are computed, not stored. Without initialisation their cost is small.
-        with no_init_weights(), init_empty_weights(include_buffers=False):
+        with no_init_weights(), init_empty_weights(include_buffers=False), _LargeAreWeightless():
             if hasattr(loader, "from_config"):
                 model = loader.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
             else:
