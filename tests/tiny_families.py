@@ -57,6 +57,10 @@ ROUTED_DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "olmoe": ("OlmoeForCausalLM", BASE | ROUTED),
     "phimoe": ("PhimoeForCausalLM", BASE | ROUTED | {"num_key_value_heads": 2}),
+    "llama4": (
+        "Llama4ForCausalLM",
+        BASE | GROUPED | ROUTED | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 1, "attention_chunk_size": 32},
+    ),
     "gpt_oss": ("GptOssForCausalLM", BASE | GROUPED | ROUTED),
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
