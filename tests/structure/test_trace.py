@@ -13,6 +13,7 @@ from torch import nn
 from transformers import (
     BloomConfig,
     CodeGenConfig,
+    DeepseekV3Config,
     GPT2Config,
     LlamaConfig,
     MixtralConfig,
@@ -21,11 +22,16 @@ from transformers import (
 )
 
 from secateur.errors import StructureError
-from secateur.structure import find_all_units, find_units
+from secateur.structure import OUTSIDE, find_all_units, find_units
 
 TINY = {
     "vocab_size": 61, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2,
+}  # fmt: skip
+
+LATENT = {
+    **TINY, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8, "v_head_dim": 8, "moe_intermediate_size": 24, "first_k_dense_replace": 1,
 }  # fmt: skip
 
 
@@ -72,7 +78,6 @@ def test_a_write_into_a_buffer_stops_the_trace() -> None:
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        (lambda s: s - s.mean(-1, keepdim=True), "mlp.act_fn takes statistics over the channel units"),
         (lambda s: s.softmax(-1), "mlp.act_fn normalises over the channel units"),
         (lambda s: s * s[..., :1], "mlp.act_fn takes one fixed index of the channel units"),
         (lambda s: s * torch.ones(24, device="meta"), "mlp.act_fn has a constant with an entry for each of"),
@@ -121,22 +126,41 @@ def test_ties_inside_the_activation_are_seen(
             assert member.index_UC.tolist() == [list(range(u, 24, step)) for u in range(step)]
 
 
-def test_a_norm_over_all_heads_refuses_them_by_name() -> None:
+def test_statistics_over_units_are_offered_where_a_module_can_take_them_over_the_survivors() -> None:
+    model = with_activation(lambda states: states - states.mean(-1, keepdim=True))
+    channel = next(group for group in find_all_units(model, "model.layers").of_block(0) if group.kind == "channel")
+    assert [norm.module for norm in channel.norms] == ["mlp.act_fn"]
+    for block in model.model.layers:  # the same, but not in a module of its own
+        block.mlp.act_fn = nn.Sequential(Applied(torch.tanh), nn.Identity())
+        block.mlp.act_fn.forward = lambda states: states - states.mean(-1, keepdim=True)
+    structure = find_all_units(model, "model.layers")
+    reason = next(refusal.reason for refusal in structure.refused if refusal.kind == "channel")
+    assert reason == "mlp.act_fn takes statistics over the channel units (aten.mean.dim)"
+
+
+def test_a_norm_over_all_heads_goes_along_with_them() -> None:
     structure = find(Olmo2Config(**TINY, pad_token_id=0))
-    assert {group.kind for group in structure.units} == {"channel"}
-    reasons = {refusal.kind: refusal.reason for refusal in structure.refused}
-    assert reasons["head"] == "self_attn.q_norm takes statistics over the head units (aten.mean.dim)"
-    assert set(reasons) == {"head", "query"}
+    norms = {group.kind: [norm.module for norm in group.norms] for group in structure.of_block(0)}
+    assert norms == {
+        "head": ["self_attn.k_norm", "self_attn.q_norm"],
+        "query": ["self_attn.q_norm"],
+        "channel": [],
+    }
+    head = next(group for group in structure.of_block(0) if group.kind == "head")
+    assert head.norms[1].index_UC.tolist() == [list(range(16)), list(range(16, 32))]
 
 
-def test_heads_tied_to_constant_slopes_are_refused() -> None:
-    for config in (
-        BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=61),
-        MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=61),
-    ):
-        structure = find(config)
-        assert {group.kind for group in structure.units} == {"channel"}
-        assert "has a constant with an entry for each of the head units" in structure.refused[0].reason
+@pytest.mark.parametrize(
+    ("config", "path", "period"),
+    [
+        (BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=61), "alibi", 4),
+        (MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=61), "position_bias", 4),
+    ],
+)
+def test_constant_slopes_go_along_with_their_heads(config: object, path: str, period: int) -> None:
+    head = next(group for group in find(config).of_block(0) if group.kind == "head")
+    assert [(argument.path, argument.dim, argument.period) for argument in head.arguments] == [(path, 0, period)]
+    assert head.arguments[0].index_UC.tolist() == [[0], [1], [2], [3]]
 
 
 def test_heads_of_two_levels_are_refused() -> None:
@@ -145,9 +169,70 @@ def test_heads_of_two_levels_are_refused() -> None:
     assert any("two levels" in refusal.reason for refusal in structure.refused)
 
 
-def test_experts_are_refused_not_guessed() -> None:
-    with pytest.raises(StructureError, match=r"mlp"):
-        find(MixtralConfig(**TINY, num_local_experts=4))
+def test_experts_come_with_their_router_and_a_token_keeps_enough_of_them() -> None:
+    structure = find(MixtralConfig(**TINY, num_local_experts=6, num_experts_per_tok=2))
+    experts = next(group for group in structure.of_block(0) if group.kind == "expert")
+    assert (experts.count, experts.families, experts.minimum) == (6, 1, 2)
+    roles = {member.parameter: (member.dim, member.role) for member in experts.members}
+    assert roles == {
+        "mlp.gate.weight": (0, "choice"),
+        "mlp.experts.gate_up_proj": (0, "producer"),
+        "mlp.experts.down_proj": (0, "producer"),
+    }
+    channels = next(group for group in structure.of_block(0) if group.kind == "channel")
+    owned = {member.parameter: (member.dim, member.index_UC[0].tolist()) for member in channels.members}
+    assert owned == {"mlp.experts.gate_up_proj": (1, [0, 24]), "mlp.experts.down_proj": (2, [0])}
+
+
+def test_experts_chosen_in_groups_leave_every_group_alike() -> None:
+    structure = find(DeepseekV3Config(**LATENT, n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2))
+    experts = next(group for group in structure.of_block(1) if group.kind == "expert")
+    assert (experts.count, experts.families, experts.minimum) == (16, 4, 2)
+    bias = next(member for member in experts.members if member.parameter.endswith("e_score_correction_bias"))
+    assert bias.role == "choice"
+
+
+def test_latent_attention_offers_whole_heads_and_refuses_its_latent_space_by_name() -> None:
+    structure = find(DeepseekV3Config(**LATENT, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1))
+    heads = next(group for group in structure.of_block(0) if group.kind == "head")
+    assert {member.parameter for member in heads.members} == {
+        "self_attn.q_b_proj.weight",
+        "self_attn.kv_b_proj.weight",
+        "self_attn.o_proj.weight",
+    }
+    refused = {refusal.reason for refusal in structure.refused if refusal.block == 0}
+    assert {reason.split()[6] for reason in refused} == {"self_attn.q_b_proj.weight", "self_attn.kv_b_proj.weight"}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_hidden_channels_span_every_block_and_what_stands_outside(tied: bool) -> None:
+    structure = find_all_units(weightless(LlamaConfig(**TINY, tie_word_embeddings=tied)), "model.layers")
+    hidden = [group for group in structure.units if group.kind == "hidden"]
+    assert [(group.block, group.count) for group in hidden] == [(0, 32), (1, 32), (OUTSIDE, 32)]
+    outside = {(member.parameter, member.dim) for member in hidden[-1].members}
+    assert outside == {("model.embed_tokens.weight", 1), ("model.norm.weight", 0), ("lm_head.weight", 1)}
+    inside = {(member.parameter, member.dim): member.role for member in hidden[0].members}
+    assert inside["self_attn.q_proj.weight", 1] == "consumer"
+    assert inside["self_attn.o_proj.weight", 0] == "producer"
+    assert len(inside) == 9
+    assert [norm.module for norm in hidden[0].norms] == ["input_layernorm", "post_attention_layernorm"]
+
+
+def test_a_residual_stream_with_a_constant_for_each_channel_is_refused_by_name() -> None:
+    model = weightless(LlamaConfig(**TINY))
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda module, args, out: out * torch.ones(32, device="meta"))
+    structure = find_all_units(model, "model.layers")
+    assert not [group for group in structure.units if group.kind == "hidden"]
+    reason = next(refusal.reason for refusal in structure.refused if refusal.kind == "hidden")
+    assert "has a constant with an entry for each of the hidden channels" in reason
+
+
+def test_a_model_that_reads_neither_tokens_nor_pixels_is_refused_in_a_sentence() -> None:
+    model = weightless(LlamaConfig(**TINY))
+    model.main_input_name = "input_features"
+    with pytest.raises(StructureError, match="runs on input_features, not on token ids or pixels"):
+        find_all_units(model, "model.layers")
 
 
 def test_shared_parameters_are_refused() -> None:
@@ -194,5 +279,5 @@ def test_a_70b_config_is_traced_in_seconds_and_little_memory() -> None:
     assert time.perf_counter() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024**2  # KiB
     assert [(g.kind, g.count, g.families) for g in structure.of_block(79)] == [
-        ("head", 8, 1), ("query", 64, 8), ("channel", 28672, 1),
+        ("head", 8, 1), ("query", 64, 8), ("channel", 28672, 1), ("hidden", 8192, 1),
     ]  # fmt: skip
