@@ -274,9 +274,9 @@ def test_a_70b_config_is_traced_in_seconds_and_little_memory() -> None:
     )  # fmt: skip
     model = weightless(config)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
+    start = time.process_time()
     structure = find_all_units(model, "model.layers")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1024**2  # KiB
     assert [(g.kind, g.count, g.families) for g in structure.of_block(79)] == [
         ("head", 8, 1), ("query", 64, 8), ("channel", 28672, 1), ("hidden", 8192, 1),
