@@ -18,12 +18,13 @@ from secateur.allocation import (
     two_tier_amounts,
     uniform_amounts,
 )
-from secateur.allocation.goal import Goal, Solved, solve
+from secateur.allocation.goal import Goal, Solved, solve, solve_by_kind
 from secateur.allocation.pools import Chosen, Key
 from secateur.allocation.two_tier import check_middle
 from secateur.allocation.uniform import check_share, rounded
 from secateur.checkpoint.reader import Checkpoint
 from secateur.errors import RecipeError
+from secateur.quantities import Target
 from secateur.recipe import Recipe
 from secateur.removal.decision import Removals
 from secateur.scoring import unit_key
@@ -34,6 +35,10 @@ ScoresOf = Callable[[int], Mapping[str, torch.Tensor]]
 
 Amounts = Mapping[Key, int]
 """How many units leave each family of each pool."""
+
+
+Shares = Mapping[str, float]
+"""For each kind of unit the ratio that leaves."""
 
 
 class Chooser:
@@ -129,21 +134,42 @@ class Chooser:
         """
         if self._given is not None:
             return {pool.key: self._given.leaving.get(pool.key, 0) for pool in self.pools}
-        share = self.recipe.cut_ratio
+        shares: Shares = dict.fromkeys(self.recipe.cut_kinds, self.recipe.cut_ratio)
         target = self.recipe.parsed_target()
         if target is not None:
-            at_most = target.of(self.costs.after({}).of(target.measure))
-            share = self._solve(at_most, lambda trial: self._lowest(self._spread(trial), scores))
-        amounts = self._spread(share)
+            shares = self._shares(target, scores)
+        amounts = self._spread(shares)
         if self.recipe.round_to > 1:
-            self._note_rounding(self._lowest(self._spread(share, 1), scores), self._lowest(amounts, scores))
+            self._note_rounding(self._lowest(self._spread(shares, 1), scores), self._lowest(amounts, scores))
         return amounts
 
-    def _spread(self, share: float, round_to: int | None = None) -> Amounts:
+    def _shares(self, target: Target, scores: Mapping[Key, torch.Tensor] | None) -> Shares:
+        """The ratio of each kind that meets the target."""
+        at_most = target.of(self.costs.after({}).of(target.measure))
+
+        def cost(shares: Shares) -> int:
+            return self._cost(target, self._lowest(self._spread(shares), scores))
+
+        largest = {
+            kind: max(int(self._sizes(p).max()) for p in self.pools if p.kind == kind) for kind in self.recipe.cut_kinds
+        }
+        solved, shares = solve_by_kind(target, at_most, cost, sorted(largest, key=lambda kind: -largest[kind]))
+        self._note_target(target, at_most, solved, shares)
+        return shares
+
+    def _cost(self, target: Target, chosen: Chosen) -> int:
+        return self.costs.after(leave_everywhere(self.pools, chosen)).of(target.measure)
+
+    def _spread(self, shares: Shares, round_to: int | None = None) -> Amounts:
         round_to = self.recipe.round_to if round_to is None else round_to
-        if self.recipe.allocation == "two-tier":
-            return two_tier_amounts(self.pools, self._everywhere, share, round_to)
-        return uniform_amounts(self.pools, share, round_to)
+        amounts: dict[Key, int] = {}
+        for kind, share in shares.items():
+            pools = [pool for pool in self.pools if pool.kind == kind]
+            if self.recipe.allocation == "two-tier":
+                amounts |= two_tier_amounts(pools, self._everywhere, share, round_to)
+            else:
+                amounts |= uniform_amounts(pools, share, round_to)
+        return amounts
 
     def _lowest(self, amounts: Amounts, scores: Mapping[Key, torch.Tensor] | None) -> Chosen:
         """The lowest units; where there are no scores yet, the first of them, which leave the same sizes."""
@@ -153,17 +179,6 @@ class Chooser:
             for pool in self.pools
             if pool.key in amounts
         }
-
-    def _solve(self, at_most: int, choose: Callable[[float], Chosen]) -> float:
-        target = self.recipe.parsed_target()
-        assert target is not None
-
-        def cost(share: float) -> int:
-            return self.costs.after(leave_everywhere(self.pools, choose(share) if share else {})).of(target.measure)
-
-        solved = solve(target, at_most, cost, " and ".join(self.recipe.cut_kinds))
-        self._note_target(at_most, solved)
-        return solved.share
 
     # -- which
 
@@ -225,12 +240,16 @@ class Chooser:
 
     def _choose_globally(self, scores: Mapping[Key, torch.Tensor]) -> Chosen:
         goal = self.goal()
-        if goal.remains is not None:
-            share = self._solve(
-                goal.remains[1], lambda trial: self._round_up(self._ranked(scores, trial, goal), scores)
+        share, target = self.recipe.cut_ratio, self.recipe.parsed_target()
+        if goal.remains is not None and target is not None:
+            solved = solve(
+                target,
+                goal.remains[1],
+                lambda trial: self._cost(target, self._round_up(self._ranked(scores, trial, goal), scores)),
+                " and ".join(self.recipe.cut_kinds),
             )
-        else:
-            share = self.recipe.cut_ratio
+            share = solved.share
+            self._note_target(target, goal.remains[1], solved, {"all": share})
         free = self._ranked(scores, share, goal)
         chosen = self._round_up(free, scores)
         if self.recipe.round_to > 1:
@@ -270,15 +289,13 @@ class Chooser:
 
     # -- what is said of it
 
-    def _note_target(self, at_most: int, solved: Solved) -> None:
-        target = self.recipe.parsed_target()
-        assert target is not None
+    def _note_target(self, target: Target, at_most: int, solved: Solved, shares: Shares) -> None:
         self.notes["target"] = {
             "measure": target.measure,
             "at_most": at_most,
             "reached": solved.reached,
             "next_larger": solved.before,
-            "ratio": round(solved.share, 6),
+            "ratios": {kind: round(share, 6) for kind, share in shares.items()},
         }
 
     def _note_rounding(self, free: Chosen, kept: Chosen) -> None:

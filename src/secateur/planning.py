@@ -134,11 +134,14 @@ class Planner:
         pools = [pool for pool in self.chooser.pools if pool.kind == kind]
         if any(self.chooser.planned[pool.key] for pool in pools):
             return False
+        if self.recipe.target is not None:
+            log.warning("NOTHING of kind '%s' leaves: one more of each would pass the target.", kind)
+            return True
         sizes = sorted({pool.size for pool in pools})
         log.warning(
-            "NOTHING of kind '%s' leaves: %s of %s %s rounds down to none%s.",
+            "NOTHING of kind '%s' leaves: %g of %s %s rounds down to none%s.",
             kind,
-            self.recipe.target or f"{self.recipe.cut_ratio:g}",
+            self.recipe.cut_ratio,
             " or ".join(map(str, sizes)),
             "in the model" if kind in SPANNING else "per block",
             f"; the smallest ratio that takes one is {math.ceil(1000 / max(sizes)) / 1000:.3f}"

@@ -24,7 +24,7 @@ from secateur.errors import PlanError
 from secateur.files import human_bytes, require_space
 from secateur.plans import Plan
 from secateur.proof import Verdict, prove_cut, proved_shape
-from secateur.removal.decision import BlockDecision
+from secateur.removal.decision import BlockDecision, within
 from secateur.structure import (
     OUTSIDE,
     ModelCut,
@@ -204,11 +204,8 @@ class Realisation:
         return cut_tensors(self.checkpoint.read([name]), self._touching([name]))
 
     def _touching(self, names: Collection[str]) -> list[Removal]:
-        """What leaves outside the blocks, as far as it is in these tensors; of tied ones only one is stored."""
-        parts = [
-            (replace(group, members=tuple(member for member in group.members if member.parameter in names)), units)
-            for group, units in self.cut.outside
-        ]
+        """What leaves outside the blocks, as far as it is in these tensors."""
+        parts = [(within(group, names), units) for group, units in self.cut.outside]
         return [removal for removal in parts if removal[0].members]
 
     def verify(self, folder: Path) -> float:

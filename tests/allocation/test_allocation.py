@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.allocation import Pool, Ranking, exact_threshold, lowest_units, two_tier_amounts, uniform_amounts
-from secateur.allocation.goal import Goal, solve
+from secateur.allocation.goal import Goal, solve, solve_by_kind
 from secateur.allocation.two_tier import check_middle, middle_share
 from secateur.allocation.uniform import check_share, leaving
 from secateur.errors import RecipeError
@@ -187,3 +187,15 @@ def test_a_target_is_met_by_the_smallest_share():
         solve(Target("params", 100), 100, cost, "channel")
     with pytest.raises(RecipeError, match="nothing has to leave"):
         solve(Target("params", 1000), 1000, cost, "channel")
+
+
+def test_a_coarse_kind_is_held_where_it_would_jump_past_the_target():
+    def cost(shares) -> int:
+        """Three heads of 1000, a hundred channels of 30."""
+        return 10_000 - 1000 * int(3 * min(shares["head"], 0.7)) - 30 * int(100 * min(shares["channel"], 0.99))
+
+    solved, shares = solve_by_kind(Target("params", 8_500), 8_500, cost, ["head", "channel"])
+    assert solved.reached == 8_500, "one head and 33 channels would leave 8010"
+    assert (int(3 * shares["head"]), int(100 * shares["channel"])) == (0, 50)
+    solved, shares = solve_by_kind(Target("params", 6_000), 6_000, cost, ["head", "channel"])
+    assert (int(3 * shares["head"]), solved.reached) == (2, 5_990), "heads do not jump here, so the ratio is common"

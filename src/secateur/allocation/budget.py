@@ -11,7 +11,7 @@ from torch import nn
 from secateur.allocation.pools import ShapesOf
 from secateur.checkpoint.reader import Checkpoint
 from secateur.quantities import Measure
-from secateur.removal.decision import Removals, model_cut
+from secateur.removal.decision import Removals, model_cut, within
 from secateur.structure import OUTSIDE, Structure, UnitGroup, cut_shapes
 from secateur.structure.cutting import Removal
 
@@ -82,7 +82,8 @@ class CostModel:
         return self._known[key]
 
     def _counted(self, place: int, removals: Sequence[Removal]) -> Cost:
-        after = cut_shapes(self._shapes[place], removals)
+        stored = [(within(group, self._shapes[place]), units) for group, units in removals]
+        after = cut_shapes(self._shapes[place], stored)
         sizes = {name: prod(shape) for name, shape in after.items()}
         bytes_ = sum(size * self._item[place][name] for name, size in sizes.items())
         if place == OUTSIDE:

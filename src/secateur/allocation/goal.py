@@ -71,11 +71,13 @@ class Solved:
 
     Attributes:
         share: the common ratio found.
+        short: the next smaller one, which leaves too much.
         reached: of the measure.
-        before: what the next smaller choice would leave: more than the target allows.
+        before: what ``short`` would leave: more than the target allows.
     """
 
     share: float
+    short: float
     reached: int
     before: int
 
@@ -107,4 +109,40 @@ def solve(target: Target, at_most: int, cost: Callable[[float], int], units: str
             high = middle
         else:
             low = middle
-    return Solved(high, cost(high), cost(low))
+    return Solved(high, low, cost(high), cost(low))
+
+
+def solve_by_kind(
+    target: Target, at_most: int, cost: Callable[[Mapping[str, float]], int], kinds: Sequence[str]
+) -> tuple[Solved, dict[str, float]]:
+    """The ratio of each kind that meets the target: one for all, as far as counts allow.
+
+    Where the coarsest kind (a head) jumps past the target, it is held at the step before, and finer ones give what is missing.
+
+    Args:
+        cost: of the model out of which these shares, by kind, have left.
+        kinds: coarsest first.
+
+    Raises:
+        RecipeError: as ``solve``.
+    """
+    held: dict[str, float] = {}
+    best: tuple[Solved, dict[str, float]] | None = None
+    for number, kind in enumerate(kinds):
+        free = kinds[number:]
+
+        def shares(share: float, free: Sequence[str] = free) -> dict[str, float]:
+            return held | dict.fromkeys(free, share)
+
+        try:
+            solved = solve(target, at_most, lambda share, shares=shares: cost(shares(share)), " and ".join(kinds))  # type: ignore[misc]
+        except RecipeError:
+            if best is None:
+                raise
+            break  # the finer kinds alone cannot give it
+        if best is None or solved.reached > best[0].reached:
+            best = solved, shares(solved.share)
+        held[kind] = solved.short
+    if best is None:
+        raise ValueError("there are no kinds to take from")
+    return best

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.removal.decision import Removals
+from secateur.removal.decision import Removals, within
 from secateur.structure import OUTSIDE, Structure, UnitGroup, parameters_per_unit
 
 Key = tuple[str, int, str]
@@ -67,7 +67,8 @@ class Pool:
         if self.kind == "block":
             held = [sum(torch.Size(s).numel() for s in shapes_of(i).values()) for i in range(self.groups[0].count)]
             return torch.tensor(held)
-        each = sum(parameters_per_unit(group, shapes_of(group.block)) for group in self.groups)
+        places = [(group, shapes_of(group.block)) for group in self.groups]
+        each = sum(parameters_per_unit(within(group, shapes), shapes) for group, shapes in places)
         return torch.full((self.groups[0].count,), each)
 
 

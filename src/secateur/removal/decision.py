@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +23,11 @@ def model_cut(everywhere: Mapping[int, Sequence[Removal]], blocks: int) -> Model
         outside=tuple(removal for removal in outside if removal[0].kind != "block"),
         dropped=tuple(sorted(unit for group, units in outside if group.kind == "block" for unit in units)),
     )
+
+
+def within(group: UnitGroup, names: Container[str]) -> UnitGroup:
+    """The group as far as it is in these tensors: of tied ones only one is stored."""
+    return replace(group, members=tuple(member for member in group.members if member.parameter in names))
 
 
 @dataclass(frozen=True)

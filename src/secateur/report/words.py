@@ -27,17 +27,24 @@ def asked(plan: Plan) -> str:
 
 def _asked_of_units(recipe: Recipe) -> str:
     units = f"{' and '.join(recipe.cut_kinds)} units"
-    spread = {
-        "uniform": "of each block's",
-        "two-tier": "of the model's, ends kept whole,",
-        "global": "of the model's parameters in",
+    whose = {
+        "uniform": "each block's",
+        "two-tier": "the model's",
+        "global": "the model's parameters in",
     }[recipe.allocation]
     if all(kind in SPANNING for kind in recipe.cut_kinds) and recipe.allocation == "uniform":
-        spread = "of the model's"
-    amount = f"{recipe.target} of the model by" if recipe.target else f"{100 * recipe.cut_ratio:g} % {spread}"
-    rounded = f", kept in multiples of {recipe.round_to}" if recipe.round_to > 1 else ""
-    steps = f", in {recipe.steps} rounds" if recipe.steps > 1 else ""
-    return f"{amount} {units}{rounded}{steps}"
+        whose = "the model's"
+    asked = (
+        f"{recipe.target} of the whole model, by {units}"
+        if recipe.target
+        else f"{100 * recipe.cut_ratio:g} % of {whose} {units}"
+    )
+    extras = {
+        ", ends kept whole": recipe.allocation == "two-tier",
+        f", kept in multiples of {recipe.round_to}": recipe.round_to > 1,
+        f", in {recipe.steps} rounds": recipe.steps > 1,
+    }
+    return asked + "".join(words for words, said in extras.items() if said)
 
 
 def notes_in_words(notes: Mapping[str, Any]) -> list[str]:
@@ -47,7 +54,7 @@ def notes_in_words(notes: Mapping[str, Any]) -> list[str]:
         target = Target(found["measure"], found["at_most"])
         lines.append(
             f"target: at most {target.describe(found['at_most'])}; reached {found['reached']:,} "
-            f"(one unit less everywhere would leave {found['next_larger']:,})"
+            f"(the next smaller cut would leave {found['next_larger']:,})"
         )
     if cost := notes.get("rounding"):
         more = " and ".join(f"{count:,} {kind} units" for kind, count in cost["units_kept_more"].items()) or "no units"
