@@ -163,19 +163,31 @@ def inspect(
     model: Annotated[
         str, typer.Argument(help="A folder with safetensors, a .gguf file, a hub id, or `smollm2`.", show_default=False)
     ],
+    prove: Annotated[
+        bool,
+        typer.Option(
+            "--prove",
+            help="Also cut every kind of unit out of a small random instance of the config, and compare with the same units "
+            "masked out. Exit code 2 if any differs.",
+        ),
+    ] = False,
     trust_remote_code: RemoteOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Show the model's blocks, the units found in them, and its parameters by kind."""
     _begin(verbose)
-    from secateur.inspection import inspect_model
+    from secateur.inspection import check_proofs, inspect_model, proof_table, prove_model
 
     inspection = inspect_model(model, trust_remote_code)
+    proofs = prove_model(model, trust_remote_code) if prove else []
     if as_json:
-        _print_json(inspection.to_json())
+        _print_json(inspection.to_json() | ({"proofs": [vars(proof) for proof in proofs]} if prove else {}))
     else:
         stdout.print(inspection.render())
+        if prove:
+            stdout.print(proof_table(proofs))
+    check_proofs(proofs)
 
 
 @app.command()

@@ -111,14 +111,29 @@ def prove_model(spec: str, trust_remote_code: bool = False) -> list[Proof]:
     return list(track(prove_all(skeleton, structure), "Proving the units"))
 
 
+def check_proofs(proofs: Sequence[Proof]) -> None:
+    """Refuse a model of which some units did not prove.
+
+    Raises:
+        StructureError: it names them.
+    """
+    failed = [
+        f"{proof.kind} in {proof.module or 'the whole model'} ({proof.case})" for proof in proofs if not proof.holds
+    ]
+    if failed:
+        raise StructureError(
+            f"cut and masked out differ, or cannot be written, for: {', '.join(failed)}; prune other units (please report this)"
+        )
+
+
 def proof_table(proofs: Sequence[Proof]) -> Table:
     """What was cut on a small instance, in which form it can be written, and how far cut and masked are apart."""
-    table = Table(box=None, padding=(0, 2))
-    for column in ("unit", "where", "cut", "written as", "cut against masked"):
-        table.add_column(column)
+    table = Table(box=None, padding=(0, 1))
+    for column in ("unit", "where", "cut", "written as", "difference"):
+        table.add_column(column, no_wrap=column != "difference")
     for proof in proofs:
-        outcome = f"[green]equal[/green] ({proof.difference:.0e})" if proof.holds else f"[red]{proof.problem}[/red]"
-        table.add_row(proof.kind, proof.module or "the whole model", proof.case, proof.form, outcome)
+        outcome = f"[green]{proof.difference:.0e}[/green]" if proof.holds else f"[red]{proof.problem}[/red]"
+        table.add_row(proof.kind, proof.module or "whole model", proof.case, proof.form, outcome)
     return table
 
 

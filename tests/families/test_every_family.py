@@ -41,7 +41,7 @@ def test_units_are_found_proved_cut_and_loaded(
     inside = ",".join(kind for kind in INSIDE if kind in kinds)
     runs = {
         "uniform": dict(unit=inside, ratio=0.34),
-        "uneven": dict(unit="channel", ratio=0.3, allocation="global"),
+        "uneven": dict(unit="head,channel" if "head" in kinds else "channel", ratio=0.3, allocation="global"),
         "whole": dict(unit="hidden,block", ratio=0.34),
     }
     written = {}
