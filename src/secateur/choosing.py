@@ -137,24 +137,26 @@ class Chooser:
         shares: Shares = dict.fromkeys(self.recipe.cut_kinds, self.recipe.cut_ratio)
         target = self.recipe.parsed_target()
         if target is not None:
-            shares = self._shares(target, scores)
+            shares = self._shares(target, scores, self.recipe.round_to)
         amounts = self._spread(shares)
         if self.recipe.round_to > 1:
-            self._note_rounding(self._lowest(self._spread(shares, 1), scores), self._lowest(amounts, scores))
+            without = shares if target is None else self._shares(target, scores, 1)
+            self._note_rounding(self._lowest(self._spread(without, 1), scores), self._lowest(amounts, scores))
         return amounts
 
-    def _shares(self, target: Target, scores: Mapping[Key, torch.Tensor] | None) -> Shares:
+    def _shares(self, target: Target, scores: Mapping[Key, torch.Tensor] | None, round_to: int) -> Shares:
         """The ratio of each kind that meets the target."""
         at_most = target.of(self.costs.after({}).of(target.measure))
 
         def cost(shares: Shares) -> int:
-            return self._cost(target, self._lowest(self._spread(shares), scores))
+            return self._cost(target, self._lowest(self._spread(shares, round_to), scores))
 
         largest = {
             kind: max(int(self._sizes(p).max()) for p in self.pools if p.kind == kind) for kind in self.recipe.cut_kinds
         }
         solved, shares = solve_by_kind(target, at_most, cost, sorted(largest, key=lambda kind: -largest[kind]))
-        self._note_target(target, at_most, solved, shares)
+        if round_to == self.recipe.round_to:
+            self._note_target(target, at_most, solved, shares)
         return shares
 
     def _cost(self, target: Target, chosen: Chosen) -> int:

@@ -135,6 +135,7 @@ def test_a_rounded_target_is_still_met(pruned):
     record = pruned(tiny_llama(), unit="hidden", target="params=-20%", round_to=8)
     assert record["after"]["units"]["hidden"] == 48
     assert record["after"]["parameters"] <= record["before"]["parameters"] * 0.8
+    assert record["notes"]["rounding"]["units_kept_more"] == {"hidden": -3}, "51 would have met it"
 
 
 def test_two_tiers_keep_the_ends_whole(pruned, tmp_path):

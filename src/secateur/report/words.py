@@ -57,10 +57,10 @@ def notes_in_words(notes: Mapping[str, Any]) -> list[str]:
             f"(the next smaller cut would leave {found['next_larger']:,})"
         )
     if cost := notes.get("rounding"):
-        more = " and ".join(f"{count:,} {kind} units" for kind, count in cost["units_kept_more"].items()) or "no units"
-        lines.append(
-            f"rounding to {cost['round_to']}: {more} and {cost['parameters_kept_more']:,} parameters kept more than asked"
-        )
+        parts = {f"{kind} units": count for kind, count in cost["units_kept_more"].items()}
+        parts["parameters"] = cost["parameters_kept_more"]
+        said = " and ".join(f"{abs(n):,} {what} {'more' if n >= 0 else 'fewer'}" for what, n in parts.items())
+        lines.append(f"rounding to {cost['round_to']} keeps {said} than without")
     return lines
 
 
