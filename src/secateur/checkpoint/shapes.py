@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from secateur.checkpoint.carving import Assignment, assignments, carved_record
+from secateur.checkpoint.carving import Assignment, Sizes, assignments, carved_record, changed_sizes
 from secateur.checkpoint.depth import block_signature, fields_without_blocks
 from secateur.checkpoint.skeleton import REMOTE_CLASS, Skeleton, build_skeleton, is_uneven
 from secateur.errors import ModelError, StructureError
@@ -110,8 +110,9 @@ def native_shapes(skeleton: Skeleton, cut: ModelCut, structure: Structure) -> It
     elif not getattr(config, "carved", None):
         signatures = [block_signature(skeleton.blocks[index]) for index in cut.kept()]
         fields = fields_without_blocks(skeleton, cut, plain_fields(config))
+        sizes = [changed_sizes(cut.blocks[index], structure.of_block(index)) for index in cut.kept()]
         for family in _families(config, architecture, fields, _head_width(cut, structure)):
-            yield from _native(family, skeleton.blocks_name, wanted, signatures)
+            yield from _native(family, skeleton.blocks_name, wanted, signatures, sizes)
 
 
 def carved_shapes(
@@ -180,12 +181,14 @@ def _families(config: Any, architecture: str, fields: Fields, head_dim: int | No
     return families
 
 
-def _native(family: _Family, blocks_name: str, wanted: Shapes, signatures: Sequence[Any]) -> Iterator[OutputShape]:
+def _native(
+    family: _Family, blocks_name: str, wanted: Shapes, signatures: Sequence[Any], sizes: Sequence[Sizes]
+) -> Iterator[OutputShape]:
     """The form with the family's own fields, then the one with ``per_layer_config``."""
     plain = _built(family, {})
     if plain is None or plain.shapes().keys() != wanted.keys():
         return  # a twin without these biases
-    asked = _overrides(family, plain, wanted)
+    asked = _overrides(family, plain, wanted, sizes)
     if asked is None:
         return
     together = _joined(asked)
@@ -255,7 +258,7 @@ def _joined(overrides: Sequence[Fields]) -> Fields | None:
     return joined
 
 
-def _overrides(family: _Family, plain: Skeleton, wanted: Shapes) -> list[Fields] | None:
+def _overrides(family: _Family, plain: Skeleton, wanted: Shapes, sizes: Sequence[Sizes]) -> list[Fields] | None:
     """For each block the fields that give it its new shapes, or None where the family has none.
 
     They are counted from the family's plain config, whose blocks are all alike, so that a model that was uneven
@@ -270,7 +273,7 @@ def _overrides(family: _Family, plain: Skeleton, wanted: Shapes) -> list[Fields]
         new = {name: tuple(wanted[prefix + name]) for name in old}
         key = (tuple(sorted(old.items())), tuple(sorted(new.items())))
         if key not in solved:
-            solved[key] = {} if old == new else _solve(family, index, old, new, hint)
+            solved[key] = {} if old == new else _solve(family, index, old, new, sizes[index], hint)
         fields = solved[key]
         if fields is None:
             return None
@@ -279,22 +282,44 @@ def _overrides(family: _Family, plain: Skeleton, wanted: Shapes) -> list[Fields]
     return found
 
 
-def _solve(family: _Family, index: int, old: Shapes, new: Shapes, hint: tuple[str, ...]) -> Fields | None:
-    """Change fields that may follow the changed dimensions, fewest first, until the family builds the new shapes."""
-    candidates = [c for c in _candidates(family.fields, old, new) if c[0] not in family.pinned]
-    candidates = [(name, value) for name, value in candidates if _matters(family, name, value, index, old)]
+def _solve(family: _Family, index: int, old: Shapes, new: Shapes, sizes: Sizes, hint: tuple[str, ...]) -> Fields | None:
+    """Change fields that may follow the changed dimensions until the family builds the new shapes.
+
+    First all fields at once that equal a size which changes, as nearly always is right; then the fewest that do.
+    """
+    known = [
+        {name: after for name, value in family.fields.items() for before, after in pairs if value == before}
+        for pairs in (list(sizes.values()), list(sizes.values())[::-1])
+    ]
+    known = [{name: value for name, value in choice.items() if name not in family.pinned} for choice in known]
+    for choice in known:
+        if _builds(family, choice, index, new):
+            return _fewest(family, choice, index, new)
+    candidates = set(_candidates(family.fields, old, new)) | {pair for choice in known for pair in choice.items()}
+    chosen = [c for c in sorted(candidates) if c[0] not in family.pinned]
+    chosen = [(name, value) for name, value in chosen if _matters(family, name, value, index, old)]
     choices = [
         dict(choice)
-        for size in range(1, min(len(candidates), MOST_FIELDS) + 1)
-        for choice in itertools.combinations(candidates, size)
+        for size in range(1, min(len(chosen), MOST_FIELDS) + 1)
+        for choice in itertools.combinations(chosen, size)
         if len({name for name, _ in choice}) == size
     ]
     choices.sort(key=lambda choice: (tuple(choice) != hint, len(choice)))
-    for choice in choices:
-        built = _built(family, choice)
-        if built is not None and index < len(built.blocks) and same(built.block_shapes(index), new):
-            return choice
-    return None
+    return next((choice for choice in choices if _builds(family, choice, index, new)), None)
+
+
+def _builds(family: _Family, choice: Fields, index: int, new: Shapes) -> bool:
+    built = _built(family, choice)
+    return built is not None and index < len(built.blocks) and same(built.block_shapes(index), new)
+
+
+def _fewest(family: _Family, choice: Fields, index: int, new: Shapes) -> Fields:
+    """``choice`` without the fields that only happen to equal a size, such as a token's number."""
+    for name in list(choice):
+        fewer = {key: value for key, value in choice.items() if key != name}
+        if _builds(family, fewer, index, new):
+            choice = fewer
+    return choice
 
 
 MOST_FIELDS = 5
