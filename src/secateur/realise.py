@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from secateur.checkpoint import uneven
 from secateur.checkpoint.manifest import write_manifest
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.shapes import OutputShape, output_shape
-from secateur.checkpoint.skeleton import Skeleton
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
@@ -216,9 +214,7 @@ class Realisation:
         """
         log.info("Checking the written model in a fresh process ...")
         ids_BT, skeleton = check_tokens(self.checkpoint), self.checkpoint.skeleton
-        # Dropped blocks are made the identity here: a hook would hand on what the sweep's pass-throughs are given.
-        staying = replace(self.cut, dropped=())
-        with masked_out(skeleton.model, skeleton.blocks_name, staying), _handed_on(skeleton, self.cut.dropped):
+        with masked_out(skeleton.model, skeleton.blocks_name, self.cut):
             expected = streamed_logits(self.checkpoint, ids_BT, self._masked_dense, self._masked_outside)
         return compare_logits(expected, fresh_logits(folder, ids_BT, remote_code=self.output.uneven or self._remote()))
 
@@ -230,18 +226,6 @@ class Realisation:
 
     def _masked_outside(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return mask_tensors(tensors, self._touching(tensors.keys()))
-
-
-@contextmanager
-def _handed_on(skeleton: Skeleton, dropped: Sequence[int]) -> Iterator[None]:
-    """While the context lasts these blocks return what they are given."""
-    try:
-        for index in dropped:
-            skeleton.blocks[index].forward = lambda hidden, *args, **kwargs: hidden
-        yield
-    finally:
-        for index in dropped:
-            del skeleton.blocks[index].forward
 
 
 def check_tokens(checkpoint: Checkpoint) -> torch.Tensor:

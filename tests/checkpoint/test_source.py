@@ -80,6 +80,8 @@ def test_inspect_shows_blocks_units_and_parameters(command, save):
         ("head", 2, "0:2"),
         ("query", 8, "0:2"),
         ("channel", 96, "0:2"),
+        ("hidden", 64, "all"),
+        ("block", 2, "all"),
     }
     assert sum(found["parameters"].values()) == sum(p.numel() for p in tiny_qwen2().parameters())
     code, out, _ = command("inspect", folder)

@@ -16,6 +16,8 @@ Key = tuple[str, int, str]
 Chosen = dict[Key, list[int]]
 """For each pool the units that leave, ascending."""
 
+STACKED_MULTIPLE = 8
+
 ShapesOf = Callable[[int], Mapping[str, Sequence[int]]]
 """Shapes of a block, or (``OUTSIDE``) of what stands outside the blocks, by the names that its groups use."""
 
@@ -50,6 +52,15 @@ class Pool:
     def size(self) -> int:
         """Units of one family that may leave; a ratio is a share of them."""
         return len(self.may_leave) // self.families
+
+    @property
+    def multiple(self) -> int:
+        """What the number kept is a multiple of whatever ``round_to`` is.
+
+        Stacked expert matrices are multiplied by a kernel that wants rows of whole 16 bytes: eight 16-bit numbers.
+        """
+        is_stacked = any(member.dim >= 2 for group in self.groups for member in group.members)
+        return STACKED_MULTIPLE if is_stacked else 1
 
     @property
     def most(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
+from math import lcm
 
 import torch
 
@@ -24,9 +25,10 @@ def leaving(pool: Pool, share: float | Fraction, round_to: int = 1) -> int:
 
 def rounded(pool: Pool, count: int, round_to: int) -> int:
     """``count`` units leaving, or fewer, so that a multiple of ``round_to`` is kept."""
-    if round_to == 1 or pool.kind not in ROUNDED:
+    step = lcm(round_to, pool.multiple)
+    if step == 1 or pool.kind not in ROUNDED:
         return count
-    return max(0, pool.size - -(-(pool.size - count) // round_to) * round_to)
+    return max(0, pool.size - -(-(pool.size - count) // step) * step)
 
 
 def uniform_amounts(pools: Sequence[Pool], share: float | Fraction, round_to: int = 1) -> dict[Key, int]:

@@ -31,8 +31,7 @@ def masked_out(model: nn.Module, blocks_name: str, cut: ModelCut) -> Iterator[No
         for index, removals in enumerate(cut.blocks):
             stack.enter_context(masked_out_of(blocks.get_submodule(str(index)), removals))
         for index in cut.dropped:
-            hook = blocks.get_submodule(str(index)).register_forward_hook(_hand_on, with_kwargs=True)
-            stack.callback(hook.remove)
+            stack.enter_context(_handing_on(blocks.get_submodule(str(index))))
         yield
 
 
@@ -56,10 +55,24 @@ def masked_out_of(module: nn.Module, removals: Sequence[Removal]) -> Iterator[No
         yield
 
 
-def _hand_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """Give back what was given, in the form the block returns."""
-    hidden = args[0] if args else kwargs["hidden_states"]
-    return (hidden, *result[1:]) if isinstance(result, tuple) else hidden
+@contextmanager
+def _handing_on(block: nn.Module) -> Iterator[None]:
+    """Let a block give back what it was given, in the form in which it returns.
+
+    Its forward is patched, not hooked: whoever replaces the forward for a while (a sweep) replaces this too.
+    """
+    original: Callable[..., Any] = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *result[1:]) if isinstance(result, tuple) else hidden
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
 
 
 @contextmanager
