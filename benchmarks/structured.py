@@ -4,8 +4,8 @@
 
 Each row runs as a user would run it (`secateur prune`, then `secateur recover`), scores on the reference's 32 x 256 calibration
 tokens, perplexity on its 40 windows of 512 tokens of WikiText-2 test. The LoRA is short on purpose: 12 steps of 8 windows of
-256 tokens of WikiText-2 train, rank 8, peak learning rate 3e-4; it shows how fast each cut heals, not how far. Results are
-kept as they come; a second call goes on with what is missing.
+256 tokens of WikiText-2 train, rank 8, peak learning rate 3e-4; it shows how fast each cut heals, not how far. All rows are pruned
+first and tuned after. Results are kept as they come; a second call goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -84,23 +84,45 @@ def main() -> None:
     prelude = PRELUDE.format(**places)
     if results.get("dense") is None:
         results.put("dense", fresh(prelude + PERPLEXITY.format(**places, out=places["folder"])))
-    for name, fields in ROWS.items():
-        if results.get(name) is not None or (arguments.only and name not in arguments.only):
-            continue
-        print(f"running {name} ...", flush=True)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        pruned, tuned = str(work / "pruned"), str(work / "tuned")
-        entry = fresh(prelude + PRUNE.format(fields=fields, out=pruned, **places), SECATEUR_CACHE=str(work / "cache"))
-        entry["perplexity"] = fresh(prelude + PERPLEXITY.format(out=pruned, **places))["perplexity"]
-        tuning = RECOVER.format(pruned=pruned, out=tuned, text=str(arguments.text.resolve()), tuning=TUNING)
-        entry["tuning_seconds"] = fresh(prelude + tuning, SECATEUR_CACHE=str(work / "cache"))["seconds"]
-        entry["tuned_perplexity"] = fresh(prelude + PERPLEXITY.format(out=tuned, **places))["perplexity"]
-        results.put(name, entry)
-        (RESULTS / "structured.md").write_text(table(results))
-    shutil.rmtree(work, ignore_errors=True)
+    wanted = {name: fields for name, fields in ROWS.items() if not arguments.only or name in arguments.only}
+    for name, fields in wanted.items():
+        if results.get(name) is None:
+            results.put(name, prune(prelude, fields, places, work / _folder(name)))
+            (RESULTS / "structured.md").write_text(table(results))
+    for name, fields in wanted.items():
+        entry = results.get(name)
+        if entry is not None and "tuned_perplexity" not in entry:
+            if not (work / _folder(name)).is_dir():
+                prune(prelude, fields, places, work / _folder(name))
+            results.put(name, entry | tune(prelude, places, work / _folder(name), arguments.text))
+            shutil.rmtree(work / _folder(name))
+            (RESULTS / "structured.md").write_text(table(results))
     (RESULTS / "structured.md").write_text(table(results))
     print(table(results))
+
+
+def _folder(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
+
+
+def prune(prelude: str, fields: dict[str, Any], places: dict[str, str], folder: Path) -> dict[str, Any]:
+    """Prune into ``folder``, with scores of earlier rows where they are the same, and measure perplexity."""
+    print(f"pruning {folder.name} ...", flush=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    cache = {"SECATEUR_CACHE": str(folder.parent / "cache")}
+    entry = fresh(prelude + PRUNE.format(fields=fields, out=str(folder), **places), **cache)
+    entry["perplexity"] = fresh(prelude + PERPLEXITY.format(out=str(folder), **places))["perplexity"]
+    return entry
+
+
+def tune(prelude: str, places: dict[str, str], pruned: Path, text: Path) -> dict[str, Any]:
+    """A short LoRA on what was pruned, and its perplexity."""
+    print(f"tuning {pruned.name} ...", flush=True)
+    tuned = str(pruned.parent / "tuned")
+    code = RECOVER.format(pruned=str(pruned), out=tuned, text=str(text.resolve()), tuning=TUNING)
+    seconds = fresh(prelude + code, SECATEUR_CACHE=str(pruned.parent / "cache"))["seconds"]
+    perplexity = fresh(prelude + PERPLEXITY.format(out=tuned, **places))["perplexity"]
+    return {"tuning_seconds": seconds, "tuned_perplexity": perplexity}
 
 
 def table(results: Results) -> str:
@@ -111,19 +133,20 @@ def table(results: Results) -> str:
         f"torch {machine['torch']}, transformers {machine['transformers']}; scores on 32 × 256 tokens, perplexity on 40 × 512 tokens of "
         "WikiText-2 test, fp32; LoRA of 12 steps of 8 × 256 tokens of WikiText-2 train.",
         "",
-        "| what leaves | parameters | perplexity | after a short LoRA | written as | pruning, whole command | date |",
-        "|---|---|---|---|---|---|---|",
+        "| what leaves | parameters | perplexity | after a short LoRA | written as | date |",
+        "|---|---|---|---|---|---|",
     ]
     for name in ("dense", *ROWS):
         entry = results.get(name)
         if entry is None:
-            lines.append(f"| {name} | not run yet | | | | | |")
+            lines.append(f"| {name} | not run yet | | | | |")
             continue
         share = f"{100 * (entry['parameters'][1] / entry['parameters'][0] - 1):.1f} %" if "parameters" in entry else ""
-        tuned = f"{entry['tuned_perplexity']:.2f}" if "tuned_perplexity" in entry else ""
+        tuned = (
+            f"{entry['tuned_perplexity']:.2f}" if "tuned_perplexity" in entry else "" if name == "dense" else "not run"
+        )
         written = entry.get("architecture", "") + (" with the modelling file" if entry.get("uneven") else "")
-        seconds = f"{entry['seconds']:.0f} s" if name != "dense" else ""
-        cells = [name, share, f"{entry['perplexity']:.2f}", tuned, written, seconds, entry["date"]]
+        cells = [name, share, f"{entry['perplexity']:.2f}", tuned, written, entry["date"]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
