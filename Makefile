@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick families lint clean
 
 demo: $(READY)  ## the main job on a real model
 	$(BIN)/secateur demo
@@ -16,6 +16,9 @@ quick: $(READY)  ## the demo in under two minutes
 test: $(READY) lint  ## everything that has to hold
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 	$(BIN)/python -m pytest -m slow --durations=5
+
+families: $(READY)  ## every family from open to generate; writes docs/families.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/families
 
 lint: $(READY)
 	$(BIN)/ruff format --check src tests benchmarks

@@ -17,8 +17,6 @@ from secateur.checkpoint.skeleton import build_skeleton, load_config
 from secateur.proof import prove_all
 from secateur.structure import find_all_units
 
-pytestmark = pytest.mark.slow
-
 INSIDE = ("head", "query", "expert", "channel")
 
 

@@ -23,7 +23,7 @@ from secateur.structure.capture import (
 from secateur.structure.grouping import group_units
 from secateur.structure.hidden import hidden_units
 from secateur.structure.record import Trace
-from secateur.structure.tracer import Tracer, trace_block, watched
+from secateur.structure.tracer import OperatorError, Tracer, trace_block, watched
 from secateur.structure.units import OUTSIDE, Refusal, Structure, UnitGroup
 
 
@@ -77,7 +77,9 @@ def _traced(
             traces = {index: _trace(model, blocks, index, calls[index], inputs, returned) for index in wanted}
             return inputs, returned, traces
         except StructureError as error:
-            problem = problem or error  # the first way is the usual one: its problem tells most
+            # The first way is the usual one: its problem tells most, but for an operator that no way can avoid.
+            if problem is None or (isinstance(error, OperatorError) and not isinstance(problem, OperatorError)):
+                problem = error
     assert problem is not None
     raise problem
 
@@ -99,7 +101,7 @@ def _trace(
         if any("constant" in refusal.obstacles for refusal in group_units(tracer.trace, index).refused):
             tracer = _trace_with_constants(blocks[index], call, read) or tracer
     except StructureError as error:
-        raise StructureError(f"block {index}: {error}") from error
+        raise type(error)(f"block {index}: {error}") from error
     results[index] = result
     return tracer.trace
 

@@ -24,6 +24,11 @@ from secateur.structure.capture import first_line, on_meta, run_without_weights
 from secateur.structure.record import Axes, Mark, Trace
 from secateur.structure.rules import find_rule
 
+
+class OperatorError(StructureError):
+    """An operator that cannot be followed; it tells more than that the model could not be run in some way."""
+
+
 MOVES = {"view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "t", "transpose", "permute", "clone", "_to_copy"}
 MOVES |= {"alias", "detach", "expand", "contiguous"}
 """Operators that leave every number as it is."""
@@ -132,7 +137,7 @@ class Tracer(TorchDispatchMode):
         rule = find_rule(function)
         call = Call(self, function, args, kwargs, result)
         if rule is None:
-            raise StructureError(
+            raise OperatorError(
                 f"the operator {function} in {self.place} has no rule; units cannot be found past it, so this "
                 "model's structure cannot be pruned (weights can still be masked)"
             )
@@ -140,7 +145,7 @@ class Tracer(TorchDispatchMode):
         try:
             outcome = rule(call)
         except StructureError as error:
-            raise StructureError(
+            raise OperatorError(
                 f"the operator {function} in {self.place} cannot be followed: {error}; units cannot be found "
                 "past it, so this model's structure cannot be pruned (weights can still be masked)"
             ) from error
@@ -164,7 +169,7 @@ class Tracer(TorchDispatchMode):
     def _refuse_hidden_writes(self, function: Any, args: Any) -> None:
         """Refuse to write tracked values into an untracked buffer: views of that buffer would miss the ties."""
         if function._schema.is_mutable and args and isinstance(args[0], Tensor) and not self.lookup(args[0]):
-            raise StructureError(
+            raise OperatorError(
                 f"the operator {function} in {self.place} writes into a buffer whose origin is not known; units "
                 "cannot be found past it, so this model's structure cannot be pruned (weights can still be masked)"
             )
