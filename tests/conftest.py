@@ -11,6 +11,7 @@ import torch
 from tiny_models import tiny_llama
 
 from secateur import console
+from secateur.checkpoint.architecture import named_inputs
 
 REFERENCE = Path(__file__).parents[1].parent / "shared" / "reference"
 
@@ -96,10 +97,10 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from secateur import realise, recovering
 
-    def plain_logits(folder: Path, ids_BT: torch.Tensor, remote_code: bool) -> torch.Tensor:
+    def plain_logits(folder: Path, inputs: Any, remote_code: bool) -> torch.Tensor:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=remote_code)
         with torch.no_grad():
-            return model.eval()(input_ids=ids_BT, use_cache=False).logits
+            return model.eval()(**named_inputs(inputs), use_cache=False).logits
 
     monkeypatch.setattr(realise, "fresh_logits", plain_logits)
     monkeypatch.setattr(recovering, "fresh_logits", plain_logits)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from secateur.checkpoint import uneven
+from secateur.checkpoint.architecture import example_inputs
 from secateur.checkpoint.manifest import write_manifest
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.shapes import OutputShape, output_shape
@@ -213,10 +214,10 @@ class Realisation:
             the largest difference, as a share of the largest logit.
         """
         log.info("Checking the written model in a fresh process ...")
-        ids_BT, skeleton = check_tokens(self.checkpoint), self.checkpoint.skeleton
+        inputs, skeleton = check_inputs(self.checkpoint), self.checkpoint.skeleton
         with masked_out(skeleton.model, skeleton.blocks_name, self.cut):
-            expected = streamed_logits(self.checkpoint, ids_BT, self._masked_dense, self._masked_outside)
-        return compare_logits(expected, fresh_logits(folder, ids_BT, remote_code=self.output.uneven or self._remote()))
+            expected = streamed_logits(self.checkpoint, inputs, self._masked_dense, self._masked_outside)
+        return compare_logits(expected, fresh_logits(folder, inputs, remote_code=self.output.uneven or self._remote()))
 
     def _remote(self) -> bool:
         return self.plan.recipe.trust_remote_code
@@ -228,11 +229,9 @@ class Realisation:
         return mask_tensors(tensors, self._touching(tensors.keys()))
 
 
-def check_tokens(checkpoint: Checkpoint) -> torch.Tensor:
-    """A fixed pseudo-random window ``(1, CHECK_TOKENS)`` for comparing logits."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = checkpoint.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (1, CHECK_TOKENS), generator=generator)
+def check_inputs(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+    """Fixed pseudo-random inputs for comparing logits: ``CHECK_TOKENS`` tokens, or an image."""
+    return example_inputs(checkpoint.skeleton.model, batch=1, tokens=CHECK_TOKENS)
 
 
 def describe_sizes(before: Sizes, after: Sizes) -> str:

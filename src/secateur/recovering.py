@@ -20,7 +20,7 @@ from secateur.errors import PlanError, SecateurError
 from secateur.files import cache_folder, require_space
 from secateur.loading import load
 from secateur.plans import MASKS_FILE, PLAN_FILE, load_plan
-from secateur.realise import MODELLING_FILE, check_tokens
+from secateur.realise import MODELLING_FILE, check_inputs
 from secateur.report.card import recovered_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
 from secateur.run import Result, already_complete, finished, timed_run
@@ -72,7 +72,7 @@ def recover_folder(
         model = load(checkpoint.folder)
         training = recover_model(model, text.ids_NT, settings, masks or None)
         _write(checkpoint, model, partial)
-        ids_BT = check_tokens(checkpoint)
+        ids_BT = check_inputs(checkpoint)["input_ids"]
         with torch.no_grad():
             expected = model(input_ids=ids_BT, use_cache=False).logits.float()
         _check_zeros(partial, masks)

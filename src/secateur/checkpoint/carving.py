@@ -60,10 +60,13 @@ def changed_sizes(removals: Sequence[Removal], groups: Sequence[UnitGroup]) -> d
 def assignments(skeleton: Skeleton, cut: ModelCut, structure: Structure) -> Iterator[dict[Key, str]]:
     """Ways to read attributes as sizes that change; the first takes every attribute that can be read so."""
     options: dict[Key, list[str | None]] = {}
-    for inside, module, sizes in _parts(skeleton, cut, structure):
+    for inside, module, sizes, removals in _parts(skeleton, cut, structure):
+        resized = [member.parameter for group, units in removals if len(units) for member in group.members]
         for name, part in module.named_modules():
             if isinstance(part, TOLD) or (not inside and f"{name}.".startswith(f"{skeleton.blocks_name}.")):
                 continue
+            if name and not any(parameter.startswith(f"{name}.") for parameter in resized):
+                continue  # a module that holds nothing that changes says no size that does: rotary tables, positions
             for attribute, value in vars(part).items():
                 if type(value) is int and not attribute.startswith("_"):
                     readings = _readings(name, value, sizes)
@@ -121,15 +124,17 @@ def _attributes(block: nn.Module, module: str) -> dict[str, Any]:
     return dict(vars(found)) if found is not None else {}
 
 
-def _parts(skeleton: Skeleton, cut: ModelCut, structure: Structure) -> Iterator[tuple[bool, nn.Module, Sizes]]:
+def _parts(
+    skeleton: Skeleton, cut: ModelCut, structure: Structure
+) -> Iterator[tuple[bool, nn.Module, Sizes, Sequence[Removal]]]:
     """Every block that loses something, and the model around them, each with the sizes that change in it."""
     for index in cut.kept():
         sizes = changed_sizes(cut.blocks[index], structure.of_block(index))
         if sizes:
-            yield True, skeleton.blocks[index], sizes
+            yield True, skeleton.blocks[index], sizes, cut.blocks[index]
     sizes = changed_sizes(cut.outside, structure.of_block(OUTSIDE))
     if sizes:
-        yield False, skeleton.model, sizes
+        yield False, skeleton.model, sizes, cut.outside
 
 
 def _readings(module: str, value: int, sizes: Sizes) -> list[str | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import gcd
 
 import torch
 
@@ -36,8 +37,8 @@ def unit_scores(
         return channels_of_members[0].sum(dim=1)
     if reduce == "last":
         return channels_of_members[-1].sum(dim=1)
-    fewest = min(channels.shape[1] for channels in channels_of_members)
-    aligned_MUC = torch.stack([c.reshape(c.shape[0], -1, fewest).sum(dim=1) for c in channels_of_members])
+    common = gcd(*(channels.shape[1] for channels in channels_of_members))  # fused projections: 6 and 4 heads' rows
+    aligned_MUC = torch.stack([c.reshape(c.shape[0], -1, common).sum(dim=1) for c in channels_of_members])
     match reduce:
         case "sum":
             reduced_UC = aligned_MUC.sum(dim=0)

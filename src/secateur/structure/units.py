@@ -21,8 +21,8 @@ class Member:
     """The part of one parameter that belongs to the units of a group.
 
     ``index_UC[u]`` holds, ascending, the indices along ``dim`` that unit ``u`` owns. Channel c of one member
-    corresponds to channel c of the others; a member with a multiple of the smallest C (the query rows of a KV
-    group, a fused projection) is laid out repeat-major: reshape to (U, repeats, smallest C).
+    corresponds to channel c of the others; a member with more of them (the query rows of a KV group, a fused projection)
+    is laid out repeat-major: reshape to (U, repeats, common divisor of all C).
     """
 
     parameter: str  # name inside the block (of a group outside the blocks: inside the model)
