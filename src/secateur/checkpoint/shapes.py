@@ -8,20 +8,17 @@ the family's own validation refuses the sizes (Llama wants hidden_size to be a m
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from secateur.checkpoint.carving import Assignment, Sizes, assignments, carved_record, changed_sizes
 from secateur.checkpoint.depth import block_signature, fields_without_blocks
+from secateur.checkpoint.fields import Family, Fields, Shapes, built_family, joined, overrides_by_block, same
 from secateur.checkpoint.skeleton import REMOTE_CLASS, Skeleton, build_skeleton, is_uneven
-from secateur.errors import ModelError, StructureError
+from secateur.errors import StructureError
 from secateur.structure.cutting import ModelCut
 from secateur.structure.units import Structure
-
-Shapes = Mapping[str, Sequence[int]]
-Fields = dict[str, Any]
 
 NOT_CARRIED_OVER = (
     "model_type",
@@ -49,25 +46,6 @@ class OutputShape:
     architecture: str
     uneven: bool
     form: str
-
-
-@dataclass(frozen=True)
-class _Family:
-    """A class that might carry the pruned weights: its config class, its architecture and the fields it starts from.
-
-    ``pinned`` fields must not change: narrower heads have the shapes of fewer heads, and another function.
-    """
-
-    form: str
-    config_class: type
-    architecture: str
-    fields: Fields
-    pinned: frozenset[str] = frozenset()
-
-    def config(self, **overrides: Any) -> Any:
-        config = self.config_class(**{**copy.deepcopy(self.fields), **overrides})
-        config.architectures = [self.architecture]
-        return config
 
 
 def output_shape(
@@ -123,8 +101,8 @@ def carved_shapes(
     if is_per_layer(skeleton.config) or wanted == _wanted(skeleton, ModelCut(((),) * len(cut.blocks))):
         return
     fields = fields_without_blocks(skeleton, cut, plain_fields(skeleton.config))
-    family = _Family("carved", type(skeleton.config), _architecture(skeleton), fields)
-    plain = _built(family, {})
+    family = Family("carved", type(skeleton.config), _architecture(skeleton), fields)
+    plain = built_family(family, {})
     record = carved_record(skeleton, plain, cut, structure, wanted, assignment) if plain is not None else None
     if record is None:
         return
@@ -160,7 +138,7 @@ def plain_fields(config: Any) -> Fields:
     return {key: value for key, value in config.to_dict().items() if key not in NOT_CARRIED_OVER}
 
 
-def _families(config: Any, architecture: str, fields: Fields, head_dim: int | None) -> list[_Family]:
+def _families(config: Any, architecture: str, fields: Fields, head_dim: int | None) -> list[Family]:
     """The model's own family, then native classes that compute the same when told to."""
     from transformers import GraniteConfig, MistralConfig
 
@@ -169,31 +147,31 @@ def _families(config: Any, architecture: str, fields: Fields, head_dim: int | No
     if head_dim is not None and fields.get("head_dim") is None:
         fields = fields | {"head_dim": head_dim}
     pinned = frozenset({"head_dim"})
-    families = [_Family("own", type(config), architecture, fields, pinned)]
+    families = [Family("own", type(config), architecture, fields, pinned)]
     if config.model_type == "llama":  # the only family known to refuse sizes that a twin accepts
         width = fields.get("head_dim") or config.head_dim
         twin = fields | {"head_dim": width}
         mistral = twin | {"sliding_window": None}
-        families.append(_Family("MistralForCausalLM", MistralConfig, "MistralForCausalLM", mistral, pinned))
+        families.append(Family("MistralForCausalLM", MistralConfig, "MistralForCausalLM", mistral, pinned))
         neutral = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0}
         granite = twin | neutral | {"attention_multiplier": float(width) ** -0.5}
-        families.append(_Family("GraniteForCausalLM", GraniteConfig, "GraniteForCausalLM", granite, pinned))
+        families.append(Family("GraniteForCausalLM", GraniteConfig, "GraniteForCausalLM", granite, pinned))
     return families
 
 
 def _native(
-    family: _Family, blocks_name: str, wanted: Shapes, signatures: Sequence[Any], sizes: Sequence[Sizes]
+    family: Family, blocks_name: str, wanted: Shapes, signatures: Sequence[Any], sizes: Sequence[Sizes]
 ) -> Iterator[OutputShape]:
     """The form with the family's own fields, then the one with ``per_layer_config``."""
-    plain = _built(family, {})
+    plain = built_family(family, {})
     if plain is None or plain.shapes().keys() != wanted.keys():
         return  # a twin without these biases
-    asked = _overrides(family, plain, wanted, sizes)
+    asked = overrides_by_block(family, plain, wanted, sizes)
     if asked is None:
         return
-    together = _joined(asked)
+    together = joined(asked)
     if together is not None:
-        built = _built(family, together)
+        built = built_family(family, together)
         if built is not None and same(built.shapes(), wanted) and _alike(built, signatures, family):
             yield OutputShape(family.config(**together), family.architecture, uneven=False, form=family.form)
     per_layer = {index: fields for index, fields in enumerate(asked) if fields}
@@ -210,16 +188,11 @@ def _native(
         yield OutputShape(uneven, family.architecture, uneven=True, form="per layer")
 
 
-def _alike(built: Skeleton, signatures: Sequence[Any], family: _Family) -> bool:
+def _alike(built: Skeleton, signatures: Sequence[Any], family: Family) -> bool:
     """Whether the blocks behave as those that were kept: a family may treat blocks differently by their number."""
     if family.form != "own":
         return len(built.blocks) == len(signatures)  # a twin's modules have other names; the proof judges it
     return [block_signature(block) for block in built.blocks] == list(signatures)
-
-
-def same(left: Shapes, right: Shapes) -> bool:
-    """Whether two sets of tensors have the same names and shapes."""
-    return {name: tuple(shape) for name, shape in left.items()} == {name: tuple(shape) for name, shape in right.items()}
 
 
 def automatic_class(config: Any) -> str:
@@ -234,113 +207,3 @@ def automatic_class(config: Any) -> str:
         if architecture in [kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))]:
             return name
     return "AutoModel"
-
-
-def _built(family: _Family, overrides: Fields) -> Skeleton | None:
-    """The family's skeleton with these fields, or None where it refuses them."""
-    try:
-        return build_skeleton(family.config(**overrides))
-    except (ModelError, StructureError, ValueError, TypeError, ZeroDivisionError):
-        return None
-    except Exception as error:  # strict configs raise their own kinds; anything but a refusal of sizes is ours
-        if "validat" not in type(error).__name__.lower() and "strict" not in type(error).__name__.lower():
-            raise
-        return None
-
-
-def _joined(overrides: Sequence[Fields]) -> Fields | None:
-    """One set of fields for all blocks, or None where blocks want different values of one."""
-    joined: Fields = {}
-    for fields in overrides:
-        for name, value in fields.items():
-            if joined.setdefault(name, value) != value:
-                return None
-    return joined
-
-
-def _overrides(family: _Family, plain: Skeleton, wanted: Shapes, sizes: Sequence[Sizes]) -> list[Fields] | None:
-    """For each block the fields that give it its new shapes, or None where the family has none.
-
-    They are counted from the family's plain config, whose blocks are all alike, so that a model that was uneven
-    already is described anew.
-    """
-    found: list[Fields] = []
-    solved: dict[tuple, Fields | None] = {}
-    hint: tuple[str, ...] = ()
-    for index in range(len(plain.blocks)):
-        prefix = plain.block_prefix(index)
-        old = plain.block_shapes(index)
-        new = {name: tuple(wanted[prefix + name]) for name in old}
-        key = (tuple(sorted(old.items())), tuple(sorted(new.items())))
-        if key not in solved:
-            solved[key] = {} if old == new else _solve(family, index, old, new, sizes[index], hint)
-        fields = solved[key]
-        if fields is None:
-            return None
-        hint = tuple(fields) or hint
-        found.append(fields)
-    return found
-
-
-def _solve(family: _Family, index: int, old: Shapes, new: Shapes, sizes: Sizes, hint: tuple[str, ...]) -> Fields | None:
-    """Change fields that may follow the changed dimensions until the family builds the new shapes.
-
-    First all fields at once that equal a size which changes, as nearly always is right; then the fewest that do.
-    """
-    known = [
-        {name: after for name, value in family.fields.items() for before, after in pairs if value == before}
-        for pairs in (list(sizes.values()), list(sizes.values())[::-1])
-    ]
-    known = [{name: value for name, value in choice.items() if name not in family.pinned} for choice in known]
-    for choice in known:
-        if _builds(family, choice, index, new):
-            return _fewest(family, choice, index, new)
-    candidates = set(_candidates(family.fields, old, new)) | {pair for choice in known for pair in choice.items()}
-    chosen = [c for c in sorted(candidates) if c[0] not in family.pinned]
-    chosen = [(name, value) for name, value in chosen if _matters(family, name, value, index, old)]
-    choices = [
-        dict(choice)
-        for size in range(1, min(len(chosen), MOST_FIELDS) + 1)
-        for choice in itertools.combinations(chosen, size)
-        if len({name for name, _ in choice}) == size
-    ]
-    choices.sort(key=lambda choice: (tuple(choice) != hint, len(choice)))
-    return next((choice for choice in choices if _builds(family, choice, index, new)), None)
-
-
-def _builds(family: _Family, choice: Fields, index: int, new: Shapes) -> bool:
-    built = _built(family, choice)
-    return built is not None and index < len(built.blocks) and same(built.block_shapes(index), new)
-
-
-def _fewest(family: _Family, choice: Fields, index: int, new: Shapes) -> Fields:
-    """``choice`` without the fields that only happen to equal a size, such as a token's number."""
-    for name in list(choice):
-        fewer = {key: value for key, value in choice.items() if key != name}
-        if _builds(family, fewer, index, new):
-            choice = fewer
-    return choice
-
-
-MOST_FIELDS = 5
-"""How many fields one change of sizes may take: heads, KV heads, channels, hidden and experts."""
-
-
-def _matters(family: _Family, name: str, value: int, index: int, old: Shapes) -> bool:
-    """Whether a field may have to do with the block's sizes: it changes them, or cannot change alone."""
-    built = _built(family, {name: value})
-    return built is None or (index < len(built.blocks) and not same(built.block_shapes(index), old))
-
-
-def _candidates(fields: Fields, old: Shapes, new: Shapes) -> list[tuple[str, int]]:
-    """Integer fields that could have shrunk in the proportion in which some dimension has."""
-    proportions = {
-        (before, after) for name in new for before, after in zip(old[name], new[name], strict=True) if before != after
-    }
-    found = set()
-    for field, value in fields.items():
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            for before, after in proportions:
-                if before % value == 0 and (value * after) % before == 0:
-                    found.add((field, value * after // before))
-    return sorted(found)
