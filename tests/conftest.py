@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from families_table import pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401 - hooks
 from tiny_models import tiny_llama
 
 from secateur import console

@@ -359,7 +359,9 @@ def test_a_second_run_in_the_same_folder_is_refused(command, llama_folder, windo
 def test_a_result_that_does_not_match_fails_the_run(command, llama_folder, windows_file, tmp_path, monkeypatch):
     from secateur import realise
 
-    monkeypatch.setattr(realise, "fresh_logits", lambda folder, ids, remote_code: torch.zeros(1, ids.shape[1], 128))
+    monkeypatch.setattr(
+        realise, "fresh_logits", lambda folder, given, remote: torch.zeros(1, given["input_ids"].shape[1], 128)
+    )
     refused(command, tmp_path, "differ from the masked dense model", llama_folder, "--calibration", windows_file)
 
 

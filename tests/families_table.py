@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from family_configs import FAMILIES
 
-TABLE = Path(__file__).parents[2] / "docs" / "families.md"
+TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 TEXT = """# Families
 
 Written by the test run itself (`tests/families`), one tiny random model for each family; nothing in the package knows any of
