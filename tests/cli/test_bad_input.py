@@ -360,7 +360,7 @@ def test_a_result_that_does_not_match_fails_the_run(command, llama_folder, windo
     from secateur import realise
 
     monkeypatch.setattr(
-        realise, "fresh_logits", lambda folder, given, remote: torch.zeros(1, given["input_ids"].shape[1], 128)
+        realise, "fresh_logits", lambda folder, given, remote_code: torch.zeros(1, given["input_ids"].shape[1], 128)
     )
     refused(command, tmp_path, "differ from the masked dense model", llama_folder, "--calibration", windows_file)
 
