@@ -45,14 +45,14 @@ class ModelCut:
         return [index for index in range(len(self.blocks)) if index not in self.dropped]
 
     def new_name(self, name: str, blocks_name: str) -> str | None:
-        """The name a tensor of the dense model has after the cut; None if it leaves with its block."""
+        """The name a tensor or module of the dense model has after the cut; None if it leaves with its block."""
         inside = blocks_name + "."
         if not name.startswith(inside):
             return name
         number, _, rest = name.removeprefix(inside).partition(".")
         if int(number) in self.dropped:
             return None
-        return f"{inside}{self.kept().index(int(number))}.{rest}"
+        return f"{inside}{self.kept().index(int(number))}.{rest}".removesuffix(".")  # the block itself has no rest
 
     def shapes(self, dense: Mapping[str, Sequence[int]], blocks_name: str) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors after the cut by their new names; ``dense`` has all of the dense model's by full name."""
