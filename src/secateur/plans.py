@@ -214,9 +214,24 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{file} is not a plan this version reads: {where}: {first['msg'].lower()}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise PlanError(f"{file} is not a plan: {error}; make it again") from error
+    _check_entries(plan, file)
     if any(entry.masks for entry in plan.blocks):
         plan._bits = _load_masks(plan, masks_beside(file))
     return plan
+
+
+def _check_entries(plan: Plan, file: Path) -> None:
+    """Every block is named once, and outside the blocks stand only units that span the model."""
+    numbers = [entry.block for entry in plan.blocks]
+    twice = next((number for number in numbers if numbers.count(number) > 1), None)
+    if twice is not None:
+        raise PlanError(f"{file} names block {twice} twice; make the plan again")
+    for entry in plan.blocks:
+        kinds = {cut.kind for cut in entry.cuts} - {"hidden", "block"}
+        if entry.block == OUTSIDE and (kinds or entry.masks):
+            raise PlanError(
+                f"{file} takes {', '.join(sorted(kinds)) or 'weights'} from block {OUTSIDE}; make the plan again"
+            )
 
 
 def _load_masks(plan: Plan, file: Path) -> dict[str, torch.Tensor]:
