@@ -137,6 +137,11 @@ class Realisation:
     def announce(self) -> None:
         """Say before anything is cut what will not load everywhere, and the nearest plan that does."""
         if not self.output.uneven:
+            if self.output.form != "own" and self.proof is not None:
+                log.warning(
+                    "The family's own config refuses these sizes: the result is a %s, which computes the same.",
+                    self.output.architecture,
+                )
             return
         if self.output.form == "carved":
             log.warning(

@@ -125,6 +125,8 @@ def apply(
         )
     checkpoint = open_checkpoint(model or plan.model.spec, trust_remote_code)
     check_apart(out, checkpoint.folder, str(plan_path))
+    if not plan.removes_anything():
+        raise PlanError(f"the plan at {plan_path} removes nothing; make another")
     realisation = Realisation(checkpoint, plan)
     identity = {
         "command": "apply",

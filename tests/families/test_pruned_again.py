@@ -10,6 +10,8 @@ import pytest
 from family_configs import FAMILIES
 
 import secateur
+from secateur.checkpoint.skeleton import REMOTE_CLASS, build_skeleton
+from secateur.errors import ModelError
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,15 @@ def test_a_result_can_be_pruned_again(
     assert twice.record["after"]["parameters"] < once.record["after"]["parameters"]
     loaded = secateur.load(tmp_path / "twice")
     assert sum(p.numel() for p in loaded.parameters()) == twice.record["after"]["parameters"]
+
+
+@pytest.mark.parametrize("attributes", [{"num_heads": "3"}, {"forward": 3}, {"nothing_of_that_name": 3}])
+def test_a_carved_record_that_says_no_size_is_refused(
+    attributes: dict[str, Any], save: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = FAMILIES["GPT-2"].make_config()
+    config.architectures = ["GPT2LMHeadModel"]
+    config.auto_map = {"AutoModelForCausalLM": REMOTE_CLASS}
+    config.carved = {"attributes": {"transformer.h.0.attn": attributes}}
+    with pytest.raises(ModelError, match=r"carved record gives transformer\.h\.0\.attn"):
+        build_skeleton(config)

@@ -26,3 +26,12 @@ def test_entries_that_cannot_be_meant_are_refused(edit, words, llama_folder, tmp
     file.write_text(json.dumps(content))
     with pytest.raises(PlanError, match=words):
         load_plan(file)
+
+
+def test_a_plan_that_removes_nothing_is_not_carried_out(llama_folder, tmp_path):
+    file = tmp_path / "plan.json"
+    secateur.plan(str(llama_folder), file, criterion="magnitude", unit="channel", ratio=0.25)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"blocks": []}))
+    with pytest.raises(PlanError, match="removes nothing"):
+        secateur.apply(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -47,8 +47,11 @@ def carve(model: nn.Module, record: Mapping[str, Any]) -> None:
         kept[leaf] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         _tell_sizes(module)
     for name, attributes in record.get("attributes", {}).items():
+        module = model.get_submodule(name)
         for attribute, value in attributes.items():
-            setattr(model.get_submodule(name), attribute, value)
+            if type(value) is not int or type(vars(module).get(attribute)) is not int:
+                raise ValueError(f"the config's carved record gives {name}.{attribute} the size {value!r}")
+            setattr(module, attribute, value)
     for name, arguments in record.get("arguments", {}).items():
         hook = functools.partial(_cut_arguments, arguments)
         model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
