@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from secateur.checkpoint.architecture import loader_for
+from secateur.checkpoint.carved import check_runs, record_of
 from secateur.checkpoint.skeleton import is_uneven, load_config
 from secateur.checkpoint.uneven import PrunedForCausalLM
 from secateur.errors import ModelError, reason_of
@@ -28,9 +29,12 @@ def load(folder: str | Path, dtype: Any = torch.float32, **kwargs: Any) -> Any:
     config = load_config(folder, trust_remote_code=bool(kwargs.get("trust_remote_code")))
     loader: Any = PrunedForCausalLM if is_uneven(config) else loader_for(config)
     try:
-        return loader.from_pretrained(
+        model = loader.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, use_safetensors=True, **kwargs
         ).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = reason_of(error)
         raise ModelError(f"{folder} does not load: {reason}") from error
+    if record_of(config):
+        check_runs(model, folder)
+    return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from family_configs import FAMILIES
 
 import secateur
+from secateur.checkpoint.reader import open_checkpoint
 from secateur.checkpoint.skeleton import REMOTE_CLASS, build_skeleton
 from secateur.errors import ModelError
 
@@ -50,3 +52,28 @@ def test_a_carved_record_that_says_no_size_is_refused(
     config.carved = {"attributes": {"transformer.h.0.attn": attributes}}
     with pytest.raises(ModelError, match=r"carved record gives transformer\.h\.0\.attn"):
         build_skeleton(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda carved: next(iter(carved["attributes"].values())).update(num_heads=2), "do not fit together"),
+        (lambda carved: next(iter(carved["attributes"].values())).update(num_heads=0), "greater than or equal to 1"),
+        (lambda carved: carved["shapes"].update({"transformer.h.0.attn.nothing": [3]}), "does not have"),
+        (lambda carved: carved["shapes"].update({"transformer.h.9.attn.c_attn.weight": [3]}), "does not have"),
+        (lambda carved: carved.update(shapes=[1, 2]), "carved.shapes"),
+        (lambda carved: carved.update(more={}), "carved.more"),
+    ],
+)
+def test_a_carved_record_that_was_edited_is_blamed_before_anything_runs(
+    change: Callable[[dict[str, Any]], Any], words: str, save: Callable[..., Path], tmp_path: Path, same_process: None
+) -> None:
+    folder, out = save(FAMILIES["GPT-2"].make_model()), tmp_path / "out"
+    secateur.prune(str(folder), out, criterion="magnitude", unit="head", ratio=0.25)
+    config = json.loads((out / "config.json").read_text())
+    change(config["carved"])
+    (out / "config.json").write_text(json.dumps(config))
+    for use in (lambda: open_checkpoint(str(out)), lambda: secateur.load(out)):
+        with pytest.raises(ModelError, match=words) as refusal:
+            use()
+        assert "config" in str(refusal.value) and "carved" in str(refusal.value)

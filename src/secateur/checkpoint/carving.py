@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from secateur.checkpoint.carved import record_of
 from secateur.checkpoint.skeleton import Skeleton
 from secateur.structure.cutting import ModelCut, Removal
 from secateur.structure.units import OUTSIDE, Structure, UnitGroup
@@ -91,7 +92,7 @@ def carved_record(
     before = plain.shapes()
     if before.keys() != wanted.keys():
         return None
-    earlier = getattr(skeleton.config, "carved", None) or {}
+    earlier = record_of(skeleton.config)
     attributes: dict[str, dict[str, int]] = {
         new: dict(values)
         for name, values in earlier.get("attributes", {}).items()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.checkpoint.carved import record_of
 from secateur.checkpoint.carving import Assignment, Sizes, assignments, carved_record, changed_sizes
 from secateur.checkpoint.depth import block_signature, fields_without_blocks
 from secateur.checkpoint.fields import Family, Fields, Shapes, built_family, joined, overrides_by_block, same
@@ -85,7 +86,7 @@ def native_shapes(skeleton: Skeleton, cut: ModelCut, structure: Structure) -> It
     if wanted == _wanted(skeleton, ModelCut(((),) * len(cut.blocks))):
         form = "own" if not is_uneven(config) else "per layer" if is_per_layer(config) else "carved"
         yield OutputShape(copy.deepcopy(config), architecture, is_uneven(config), form)
-    elif not getattr(config, "carved", None):
+    elif not record_of(config):
         signatures = [block_signature(skeleton.blocks[index]) for index in cut.kept()]
         fields = fields_without_blocks(skeleton, cut, plain_fields(config))
         sizes = [changed_sizes(cut.blocks[index], structure.of_block(index)) for index in cut.kept()]

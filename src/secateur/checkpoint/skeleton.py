@@ -12,6 +12,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from secateur.checkpoint.architecture import is_causal, loader_for
+from secateur.checkpoint.carved import check_record, record_of
 from secateur.checkpoint.matrices import BlockMatrix, Uses, block_matrices, find_uses
 from secateur.checkpoint.uneven import PrunedForCausalLM, largest_module_list
 from secateur.console import quiet_libraries
@@ -115,6 +116,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
         ) from error
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{folder} is quantised; give the model in bf16, fp16 or fp32")
+    check_record(config, folder)
     return config
 
 
@@ -163,9 +165,10 @@ def build_skeleton(config: Any, trust_remote_code: bool = False) -> Skeleton:
                 model = loader._from_config(config, dtype=torch.float32)
     except Exception as error:
         reason = reason_of(error)
-        raise ModelError(
-            f"transformers cannot build the model from config.json ({reason}); mend the field it names, or give another model"
-        ) from error
+        advice = "mend the field it names, or give another model"
+        if record_of(config):
+            advice = "its carved record does not fit the other fields: get the folder's own config.json again"
+        raise ModelError(f"transformers cannot build the model from config.json ({reason}); {advice}") from error
     model.eval()
     model.set_experts_implementation("eager")  # one product an expert, with the tokens that go to it
     model.tie_weights()  # replacing parameters by weightless ones has undone the ties

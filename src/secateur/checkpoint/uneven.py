@@ -40,21 +40,30 @@ def carve(model: nn.Module, record: Mapping[str, Any]) -> None:
     """
     for name, shape in record.get("shapes", {}).items():
         owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
+        module = _named(model, owner)
         kept: dict[str, Any] = module._parameters if module._parameters.get(leaf) is not None else module._buffers
-        old = kept[leaf]
+        old = kept.get(leaf)
+        if old is None:
+            raise ValueError(f"the config's carved record names {name}, which the model does not have")
         new = torch.empty(tuple(shape), dtype=old.dtype, device=old.device)
         kept[leaf] = nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
         _tell_sizes(module)
     for name, attributes in record.get("attributes", {}).items():
-        module = model.get_submodule(name)
+        module = _named(model, name)
         for attribute, value in attributes.items():
             if type(value) is not int or type(vars(module).get(attribute)) is not int:
                 raise ValueError(f"the config's carved record gives {name}.{attribute} the size {value!r}")
             setattr(module, attribute, value)
     for name, arguments in record.get("arguments", {}).items():
         hook = functools.partial(_cut_arguments, arguments)
-        model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)
+        _named(model, name).register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"the config's carved record names {name}, which the model does not have") from error
 
 
 def _tell_sizes(module: nn.Module) -> None:
