@@ -57,7 +57,7 @@ def test_a_carved_record_that_says_no_size_is_refused(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda carved: next(iter(carved["attributes"].values())).update(num_heads=2), "do not fit together"),
+        (lambda carved: next(iter(carved["attributes"].values())).update(split_size=40), "do not fit together"),
         (lambda carved: next(iter(carved["attributes"].values())).update(num_heads=0), "greater than or equal to 1"),
         (lambda carved: carved["shapes"].update({"transformer.h.0.attn.nothing": [3]}), "does not have"),
         (lambda carved: carved["shapes"].update({"transformer.h.9.attn.c_attn.weight": [3]}), "does not have"),
