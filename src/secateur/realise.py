@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from secateur.allocation.nearest import nearest_even_cut
 from secateur.checkpoint import uneven
 from secateur.checkpoint.architecture import example_inputs
 from secateur.checkpoint.manifest import write_manifest
@@ -19,13 +19,12 @@ from secateur.checkpoint.shapes import OutputShape, output_shape
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
-from secateur.errors import PlanError
+from secateur.errors import PlanError, StructureError
 from secateur.files import human_bytes, require_space
 from secateur.plans import Plan
 from secateur.proof import Verdict, prove_cut, proved_shape
 from secateur.removal.decision import BlockDecision, within
 from secateur.structure import (
-    OUTSIDE,
     ModelCut,
     Structure,
     cut_shapes,
@@ -33,7 +32,6 @@ from secateur.structure import (
     find_all_units,
     mask_tensors,
     masked_out,
-    parameters_per_unit,
 )
 from secateur.structure.cutting import Removal
 from secateur.sweep.logits import streamed_logits
@@ -151,23 +149,23 @@ class Realisation:
         elif any(units for removals in self.cut.blocks for _, units in removals):  # else they differ as they did before
             log.warning(
                 "UNEVEN: blocks keep different sizes, so plain transformers loads the result only with trust_remote_code=True "
-                "(secateur.load needs no such thing). The nearest plan that loads everywhere: --allocation uniform --unit %s "
-                "--ratio %.3f on all blocks.",
-                ",".join(self.plan.recipe.unit),
-                self._nearest_uniform_ratio(),
+                "(secateur.load needs no such thing).%s",
+                self._advice(),
             )
 
-    def _nearest_uniform_ratio(self) -> float:
-        """The share of all blocks' parameters in these units that this plan takes, or what takes one unit at least."""
-        removals = [removal for block in self.cut.blocks for removal in block if removal[1]]
-        kinds = {group.kind for group, _ in removals}
-        groups = [group for group in self.structure.units if group.kind in kinds and group.members]
-        shapes = [self.checkpoint.skeleton.block_shapes(index) for index in range(len(self.cut.blocks))]
-        inside = [group for group in groups if group.block != OUTSIDE]
-        there = sum(group.count * parameters_per_unit(group, shapes[group.block]) for group in inside)
-        gone = sum(len(units) * parameters_per_unit(group, shapes[group.block]) for group, units in removals)
-        smallest = min(1 / (group.count // group.families) for group in inside)
-        return math.ceil(1000 * max(gone / there, smallest)) / 1000
+    def _advice(self) -> str:
+        """The nearest plan that loads everywhere, where there is one."""
+        skeleton = self.checkpoint.skeleton
+        found = nearest_even_cut(self.structure, self.cut, skeleton.block_shapes)
+        if found is None:
+            return ""
+        kinds, ratio, even = found
+        try:
+            loads = even.takes_anything() and not output_shape(skeleton, even, self.structure).uneven
+        except StructureError:
+            loads = False
+        flags = f"--allocation uniform --unit {','.join(kinds)} --ratio {ratio:.3f}"
+        return f" The nearest plan that loads everywhere: {flags} on all blocks." if loads else ""
 
     def write(self, folder: Path) -> list[Path]:
         """Write weights, config and companions into ``folder``; returns the weight files."""

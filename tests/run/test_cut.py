@@ -122,6 +122,18 @@ def test_the_nearest_uniform_plan_runs_and_is_uniform(command, save, windows_fil
     assert not json.loads(out)["uneven"]
 
 
+def test_no_plan_is_recommended_that_stays_uneven(command, llama_folder, windows_file, tmp_path):
+    words = ["--unit", "head", "--calibration", windows_file]
+    secateur.prune(str(llama_folder), tmp_path / "once", unit="channel", criterion="magnitude", blocks="1:3", ratio=0.5)
+    code, _, err = command(
+        "plan", tmp_path / "once", *words, "--blocks", "1:2", "--ratio", 0.5, "--out", tmp_path / "p"
+    )
+    assert code == 0
+    _, said, afterwards = err.rpartition("UNEVEN")  # the first run said so too
+    assert said
+    assert "nearest plan" not in afterwards
+
+
 def test_a_fresh_process_loads_an_uneven_result(llama_folder, windows_NT, tmp_path):
     from secateur.checkpoint.verify import fresh_logits
 

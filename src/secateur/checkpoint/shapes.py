@@ -91,7 +91,7 @@ def native_shapes(skeleton: Skeleton, cut: ModelCut, structure: Structure) -> It
         fields = fields_without_blocks(skeleton, cut, plain_fields(config))
         sizes = [changed_sizes(cut.blocks[index], structure.of_block(index)) for index in cut.kept()]
         for family in _families(config, architecture, fields, _head_width(cut, structure)):
-            yield from _native(family, skeleton.blocks_name, wanted, signatures, sizes)
+            yield from _native(family, wanted, signatures, sizes)
 
 
 def carved_shapes(
@@ -160,9 +160,7 @@ def _families(config: Any, architecture: str, fields: Fields, head_dim: int | No
     return families
 
 
-def _native(
-    family: Family, blocks_name: str, wanted: Shapes, signatures: Sequence[Any], sizes: Sequence[Sizes]
-) -> Iterator[OutputShape]:
+def _native(family: Family, wanted: Shapes, signatures: Sequence[Any], sizes: Sequence[Sizes]) -> Iterator[OutputShape]:
     """The form with the family's own fields, then the one with ``per_layer_config``."""
     plain = built_family(family, {})
     if plain is None or plain.shapes().keys() != wanted.keys():
@@ -175,12 +173,13 @@ def _native(
         built = built_family(family, together)
         if built is not None and same(built.shapes(), wanted) and _alike(built, signatures, family):
             yield OutputShape(family.config(**together), family.architecture, uneven=False, form=family.form)
-    per_layer = {index: fields for index, fields in enumerate(asked) if fields}
-    outside = {name: shape for name, shape in wanted.items() if not name.startswith(blocks_name + ".")}
-    if not same({name: plain.shapes()[name] for name in outside}, outside) or not per_layer:
+    common = {name: value for name, value in asked[0].items() if all(fields.get(name) == value for fields in asked)}
+    own = [{name: value for name, value in fields.items() if name not in common} for fields in asked]
+    per_layer = {index: fields for index, fields in enumerate(own) if fields}
+    if not per_layer:
         return
     try:
-        uneven = family.config(per_layer_config=per_layer, allow_global_per_layer_attribute_access=True)
+        uneven = family.config(**common, per_layer_config=per_layer, allow_global_per_layer_attribute_access=True)
         uneven.auto_map = {automatic_class(uneven): REMOTE_CLASS}
         built = build_skeleton(uneven)
     except Exception:  # this family refuses these sizes; another form may not
