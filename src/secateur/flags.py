@@ -26,7 +26,7 @@ FLAGS: dict[str, Any] = {
         ),
     ],
     "unit": Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="What leaves together: `weight`; N:M such as `2:4` (keep 2 of every 4 inputs); `head` (with grouped queries a "
             "whole KV group); `query` (one query head from every group); `channel` (MLP); `expert`; `hidden` (the residual "
@@ -43,7 +43,7 @@ FLAGS: dict[str, Any] = {
         ),
     ],
     "target": Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             help="Instead of --ratio, what remains of the whole model: `params=110M`, `bytes=200MiB`, or how it changes: "
             "`params=-20%`, `macs=-20%` (multiply-accumulates a token). The smallest ratio that reaches it is found.",
@@ -148,6 +148,11 @@ RecipeOption = Annotated[
 RemoteOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 
 
+def _together(value: Any) -> Any:
+    """A flag that was given several times says all of it, not only the last."""
+    return (",".join(dict.fromkeys(value)) or None) if isinstance(value, list) else value
+
+
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every flag of a recipe; it is called with the recipe they make as ``chosen``."""
 
@@ -155,7 +160,7 @@ def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     def called(recipe: Path | None = None, trust_remote_code: bool = False, **given: Any) -> None:
         from secateur.recipe import recipe_from
 
-        flags = {name: given.pop(name) for name in FLAGS}
+        flags = {name: _together(given.pop(name)) for name in FLAGS}
         chosen = functools.partial(recipe_from, recipe, trust_remote_code=trust_remote_code or None, **flags)
         command(chosen=chosen, **given)
 

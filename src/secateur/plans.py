@@ -117,7 +117,7 @@ class Plan(_Strict):
         ]
         if any(units != hidden[0] for units in hidden):
             raise PlanError(
-                "the plan takes different hidden channels from different blocks; they leave everywhere or stay"
+                "it takes different hidden channels from different blocks, which leave everywhere or stay; make the plan again"
             )
         return cut
 
@@ -127,8 +127,9 @@ class Plan(_Strict):
         Raises:
             PlanError: the plan does not fit the model.
         """
-        if any(entry.block >= blocks for entry in self.blocks):
-            raise PlanError(f"the plan names blocks that the model, which has {blocks}, does not have")
+        beyond = next((entry.block for entry in self.blocks if entry.block >= blocks), None)
+        if beyond is not None:
+            raise PlanError(f"it names block {beyond}, and the model has 0 to {blocks - 1}; make the plan again")
         return {block: self._removals(block, structure.of_block(block)) for block in (OUTSIDE, *range(blocks))}
 
     def _removals(self, block: int, groups: list[UnitGroup]) -> Removals:
@@ -137,11 +138,7 @@ class Plan(_Strict):
         if entry is None:
             return removals
         for cut in entry.cuts:
-            group = next((g for g in groups if (g.kind, g.module) == (cut.kind, cut.module)), None)
-            if group is None or group.count != cut.count:
-                raise PlanError(
-                    f"the plan cuts {cut.count} {cut.kind} units {_place(block)}, which the model does not have"
-                )
+            group = _group_of(cut, groups, _place(block))
             _check_removed(cut, group, _place(block))
             removals.append((group, cut.removed))
         return removals
@@ -254,20 +251,49 @@ def _load_masks(plan: Plan, file: Path) -> dict[str, torch.Tensor]:
 
 
 def _place(block: int) -> str:
-    return "outside the blocks" if block == OUTSIDE else f"in block {block}"
+    return "in the model as a whole" if block == OUTSIDE else f"in block {block}"
+
+
+def _group_of(cut: Cut, groups: list[UnitGroup], place: str) -> UnitGroup:
+    """The model's own group that ``cut`` speaks of.
+
+    Raises:
+        PlanError: the model has no such kind there, not in this module, or another number of it.
+    """
+    alike = [group for group in groups if group.kind == cut.kind]
+    if not alike:
+        there = ", ".join(sorted({group.kind for group in groups})) or "none at all"
+        raise PlanError(f"it cuts '{cut.kind}' units {place}, where the model has: {there}; make the plan again")
+    group = next((group for group in alike if group.module == cut.module), None)
+    if group is None:
+        there = ", ".join(sorted(f"'{group.module}'" for group in alike))
+        raise PlanError(
+            f"it cuts {cut.kind} units of '{cut.module}' {place}, where they are of {there}; make the plan again"
+        )
+    if group.count != cut.count:
+        raise PlanError(
+            f"it cuts from {cut.count} {cut.kind} units {place}, and the model has {group.count}; make the plan again"
+        )
+    return group
 
 
 def _check_removed(cut: Cut, group: UnitGroup, place: str) -> None:
-    if len(set(cut.removed)) != len(cut.removed) or any(not 0 <= unit < cut.count for unit in cut.removed):
-        raise PlanError(f"the plan names {cut.kind} units {place} that do not exist, or one twice")
+    strange = next((unit for unit in cut.removed if not 0 <= unit < cut.count or cut.removed.count(unit) > 1), None)
+    if strange is not None:
+        problem = "twice" if 0 <= strange < cut.count else f"of 0 to {cut.count - 1}"
+        raise PlanError(f"it names {cut.kind} unit {strange} {place} {problem}; make the plan again")
     size = cut.count // group.families
     leaving = [sum(unit // size == family for unit in cut.removed) for family in range(group.families)]
     if max(leaving) >= size:
-        raise PlanError(f"the plan would leave the model without a single {cut.kind} {place}; keep at least one")
+        raise PlanError(f"it would leave the model without a single {cut.kind} {place}; keep at least one")
     if leaving[0] and size - max(leaving) < group.minimum:
-        raise PlanError(f"the plan would leave fewer than {group.minimum} {cut.kind} units {place}; keep that many")
+        raise PlanError(
+            f"it would leave {size - max(leaving)} {cut.kind} units {place}, where {group.minimum} are needed; keep that many"
+        )
     if len(set(leaving)) > 1:
-        raise PlanError(f"the plan takes unequal numbers of {cut.kind} units from the groups {place}")
+        raise PlanError(
+            f"it takes {leaving} {cut.kind} units from the {group.families} groups {place}; take as many from each"
+        )
 
 
 def _lists_on_one_line(text: str) -> str:

@@ -78,6 +78,8 @@ def parse_target(text: str) -> Target:
     Raises:
         RecipeError: unknown measure, or no amount.
     """
+    if "," in text:
+        raise RecipeError(f"--target {text} names several amounts; give one, the others follow from what leaves")
     measure, equals, amount = (part.strip() for part in text.partition("="))
     if measure not in ("params", "macs", "bytes") or not equals:
         raise RecipeError(

@@ -127,7 +127,10 @@ def apply(
     check_apart(out, checkpoint.folder, str(plan_path))
     if not plan.removes_anything():
         raise PlanError(f"the plan at {plan_path} removes nothing; make another")
-    realisation = Realisation(checkpoint, plan)
+    try:
+        realisation = Realisation(checkpoint, plan)
+    except PlanError as error:
+        raise PlanError(f"the plan at {plan_path} cannot be carried out: {error}") from error
     identity = {
         "command": "apply",
         "version": secateur.__version__,

@@ -206,8 +206,8 @@ def test_a_plan_that_was_edited_or_belongs_to_another_model(command, save, llama
     content = json.loads(plan.read_text())
     edits = {
         "without a single head": lambda c: c["blocks"][1]["cuts"][0].update(removed=[0, 1, 2, 3]),
-        "do not exist": lambda c: c["blocks"][1]["cuts"][0].update(removed=[7]),
-        "does not have": lambda c: c["blocks"][1]["cuts"][0].update(count=5),
+        "names head unit 7 in block 1 of 0 to 3": lambda c: c["blocks"][1]["cuts"][0].update(removed=[7]),
+        "cuts from 5 head units in block 1": lambda c: c["blocks"][1]["cuts"][0].update(count=5),
         "another model": lambda c: c["model"].update(sha256="0" * 64),
         "not a plan": lambda c: c.update(format=9),
     }
@@ -398,3 +398,14 @@ def test_amounts_that_cannot_be(words, sentence, command, llama_folder, tmp_path
     assert code == 2
     assert sentence in err, err
     assert not (tmp_path / "p").exists()
+
+
+def test_a_flag_given_twice_says_both(command, llama_folder, tmp_path):
+    words = ["plan", llama_folder, "--criterion", "magnitude", "--ratio", "0.25", "--out", tmp_path / "p", "--json"]
+    code, out, _ = command(*words, "--unit", "head", "--unit", "channel")
+    assert code == 0
+    assert set(json.loads(out)["chosen"]["units"]) == {"head", "channel"}
+    words = ["plan", llama_folder, "--criterion", "magnitude", "--out", tmp_path / "q"]
+    code, _, err = command(*words, "--target", "params=-20%", "--target", "macs=-10%")
+    assert code == 2
+    assert "names several amounts" in err

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from secateur.plans import Plan
@@ -26,25 +26,30 @@ def asked(plan: Plan) -> str:
 
 
 def _asked_of_units(recipe: Recipe) -> str:
-    units = f"{' and '.join(recipe.cut_kinds)} units"
-    whose = {
-        "uniform": "each block's",
-        "two-tier": "the model's",
-        "global": "the model's parameters in",
-    }[recipe.allocation]
-    if all(kind in SPANNING for kind in recipe.cut_kinds) and recipe.allocation == "uniform":
-        whose = "the model's"
-    asked = (
-        f"{recipe.target} of the whole model, by {units}"
-        if recipe.target
-        else f"{100 * recipe.cut_ratio:g} % of {whose} {units}"
-    )
+    kinds = recipe.cut_kinds
+    if recipe.target:
+        asked = f"{recipe.target} of the whole model, by {_units(kinds)}"
+    elif recipe.allocation == "uniform":
+        inside, spanning = (tuple(kind for kind in kinds if (kind in SPANNING) == spans) for spans in (False, True))
+        whose = [f"each block's {_units(inside)}"] * bool(inside) + [f"the model's {_units(spanning)}"] * bool(spanning)
+        asked = f"{100 * recipe.cut_ratio:g} % of {' and of '.join(whose)}"
+    else:
+        whole = "the model's parameters in" if recipe.allocation == "global" else "the model's"
+        asked = f"{100 * recipe.cut_ratio:g} % of {whole} {_units(kinds)}"
     extras = {
         ", ends kept whole": recipe.allocation == "two-tier",
         f", kept in multiples of {recipe.round_to}": recipe.round_to > 1,
         f", in {recipe.steps} rounds": recipe.steps > 1,
     }
     return asked + "".join(words for words, said in extras.items() if said)
+
+
+def _units(kinds: Sequence[str]) -> str:
+    """``head and channel units``, ``blocks``, ``hidden channels and blocks``."""
+    named = {"block": "blocks", "hidden": "hidden channels"}
+    others = [kind for kind in kinds if kind not in named]
+    parts = [f"{' and '.join(others)} units"] if others else []
+    return " and ".join(parts + [named[kind] for kind in kinds if kind in named])
 
 
 def notes_in_words(notes: Mapping[str, Any]) -> list[str]:
