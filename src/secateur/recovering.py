@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 
 import secateur
 from secateur.calibration import TokenWindows, fingerprint, open_windows
+from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD, write_manifest
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.checkpoint.verify import compare_logits, fresh_logits
@@ -50,10 +52,11 @@ def recover_folder(
     Raises:
         SecateurError: whatever the user can mend; nothing is left behind.
     """
-    from secateur.recovery import LoraSettings, recover_model
+    from secateur.recovery import LoraSettings, block_linears, recover_model
 
     settings, out = settings or LoraSettings(), absolute(out)
     checkpoint = open_checkpoint(spec)
+    block_linears(checkpoint.skeleton.model)  # refused now, not after the text has been written
     check_apart(out, checkpoint.folder, data)
     identity = {
         "command": "recover",
@@ -210,4 +213,5 @@ def _record(
         "after": after.to_json(),
         "training": training,
         "uneven": (partial / MODELLING_FILE).is_file(),
+        "load": asdict(how_to_load(checkpoint.config)),
     }

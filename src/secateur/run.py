@@ -8,12 +8,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import secateur
 from secateur.calibration import fingerprint, text_windows
+from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD
 from secateur.checkpoint.reader import open_checkpoint
 from secateur.console import log
@@ -211,6 +212,7 @@ def _plan_record(plan: Plan, realisation: Realisation) -> dict[str, Any]:
         "calibration": plan.calibration.model_dump() if plan.calibration else None,
         "architecture": realisation.output.architecture,
         "uneven": realisation.output.uneven,
+        "load": asdict(how_to_load(realisation.output.config)),
         "sizes": {"before": before.to_json(), "after": after.to_json()},
     }
 

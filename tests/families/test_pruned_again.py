@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from family_configs import FAMILIES
 
 import secateur
@@ -79,3 +80,25 @@ def test_a_carved_record_that_was_edited_is_blamed_before_anything_runs(
             use()
         assert "config" in str(refusal.value)
         assert "carved" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "loader", "processor"),
+    [
+        ("BERT", "fill-mask", "AutoModelForMaskedLM", "AutoTokenizer"),
+        ("ViT", "image-classification", "AutoModelForImageClassification", "AutoImageProcessor"),
+        ("Llama", "text-generation", "AutoModelForCausalLM", "AutoTokenizer"),
+    ],
+)
+def test_the_card_says_the_class_that_loads_it(
+    family: str, task: str, loader: str, processor: str, save: Callable[..., Path], tmp_path: Path, same_process: None
+) -> None:
+    folder, out = save(FAMILIES[family].make_model()), tmp_path / "out"
+    result = secateur.prune(str(folder), out, criterion="magnitude", unit="channel", ratio=0.25)
+    card = (out / "README.md").read_text()
+    assert f"pipeline_tag: {task}\n" in card
+    assert f"import {loader}, {processor}\n" in card
+    assert (
+        sum(p.numel() for p in getattr(transformers, loader).from_pretrained(out).parameters())
+        == (result.record["after"]["parameters"])
+    )

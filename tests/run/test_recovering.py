@@ -6,11 +6,13 @@ import json
 
 import pytest
 import torch
+from family_configs import FAMILIES
 from safetensors.torch import load_file
 from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import secateur
+from secateur.errors import StructureError
 
 pytestmark = pytest.mark.usefixtures("same_process")
 
@@ -151,3 +153,10 @@ def test_prune_can_put_perplexity_on_the_card(llama_folder, windows_file, tmp_pa
         assert f"{figures['perplexity']['value']:.2f}" in card
     assert "partial" not in card
     assert "partial" not in out
+
+
+def test_a_model_without_linear_layers_is_refused_before_any_text_is_read(save, tmp_path):
+    folder = save(FAMILIES["GPT-2"].make_model())
+    with pytest.raises(StructureError, match=r"no nn\.Linear"):  # not that the text is missing
+        secateur.recover(folder, tmp_path / "tuned", data=str(tmp_path / "missing.txt"))
+    assert not (tmp_path / "tuned").exists()

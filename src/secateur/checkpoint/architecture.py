@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,6 +52,59 @@ def is_causal(config: Any) -> bool:
     return type(config) not in MODEL_FOR_MASKED_LM_MAPPING or bool(getattr(config, "is_decoder", True))
 
 
+def automatic_class(config: Any) -> str:
+    """The name of the ``AutoModel`` class under which ``config``'s architecture is found."""
+    import transformers
+
+    remote = _remote_name(config)
+    if remote:
+        return remote
+    architecture = config.architectures[0]
+    names = ["AutoModelForCausalLM", *(name for name in dir(transformers) if name.startswith("AutoModelFor"))]
+    for name in names:
+        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
+        found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
+        if architecture in [kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))]:
+            return name
+    return "AutoModel"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How an ordinary user loads a folder.
+
+    Attributes:
+        model: the ``AutoModel`` class.
+        processor: the class for what it reads.
+        task: the hub's name for what it does, where there is one.
+        remote_code: whether the folder brings its own code.
+    """
+
+    model: str
+    processor: str
+    task: str | None
+    remote_code: bool
+
+    def line(self, folder: str) -> str:
+        """The call that loads ``folder``, a Python literal."""
+        return f"{self.model}.from_pretrained({folder}{', trust_remote_code=True' if self.remote_code else ''})"
+
+
+def how_to_load(config: Any) -> Loading:
+    """How a folder with this config is loaded, asked of transformers' own table of tasks."""
+    from transformers.pipelines import SUPPORTED_TASKS
+
+    name = automatic_class(config)
+    tasks = {
+        task: entry["type"]
+        for task, entry in SUPPORTED_TASKS.items()
+        if [kind.__name__ for kind in entry["pt"]] == [name]
+    }
+    task = next(iter(tasks), None)
+    processor = "AutoImageProcessor" if task and tasks[task] == "image" else "AutoTokenizer"
+    return Loading(name, processor, task, bool(getattr(config, "auto_map", None)))
+
+
 def named_inputs(inputs: torch.Tensor | ModelInputs) -> dict[str, torch.Tensor]:
     """Inputs by name; a bare tensor is token ids."""
     return {"input_ids": inputs} if isinstance(inputs, torch.Tensor) else dict(inputs)
@@ -81,10 +135,13 @@ def _remote_loader(config: Any) -> Any:
     """The automatic class for which the folder brings its own code."""
     import transformers
 
-    for name in getattr(config, "auto_map", None) or {}:
-        if name.startswith("AutoModelFor"):
-            return getattr(transformers, name, None)
-    return None
+    name = _remote_name(config)
+    return getattr(transformers, name, None) if name else None
+
+
+def _remote_name(config: Any) -> str | None:
+    named = getattr(config, "auto_map", None) or {}
+    return next((name for name in named if name.startswith("AutoModelFor")), None)
 
 
 def _named_class(config: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from secateur.checkpoint.architecture import automatic_class
 from secateur.checkpoint.carved import record_of
 from secateur.checkpoint.carving import Assignment, Sizes, assignments, carved_record, changed_sizes
 from secateur.checkpoint.depth import block_signature, fields_without_blocks
@@ -193,17 +194,3 @@ def _alike(built: Skeleton, signatures: Sequence[Any], family: Family) -> bool:
     if family.form != "own":
         return len(built.blocks) == len(signatures)  # a twin's modules have other names; the proof judges it
     return [block_signature(block) for block in built.blocks] == list(signatures)
-
-
-def automatic_class(config: Any) -> str:
-    """The name of the ``AutoModel`` class under which ``config``'s architecture is found."""
-    import transformers
-
-    architecture = config.architectures[0]
-    names = ["AutoModelForCausalLM", *(name for name in dir(transformers) if name.startswith("AutoModelFor"))]
-    for name in names:
-        mapping = getattr(getattr(transformers, name), "_model_mapping", None)
-        found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
-        if architecture in [kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))]:
-            return name
-    return "AutoModel"

@@ -127,7 +127,9 @@ def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside
     }
     if not linears:
-        raise StructureError(f"the blocks of {type(model).__name__} hold no nn.Linear, so LoRA cannot recover it")
+        raise StructureError(
+            f"the blocks of {type(model).__name__} hold no nn.Linear, so LoRA cannot recover it; give another model"
+        )
     return linears
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from secateur.checkpoint.architecture import Loading
 from secateur.files import human_bytes
 from secateur.plans import Plan
 
@@ -16,7 +17,7 @@ def model_card(facts: Facts) -> str:
 
     Args:
         facts: what ``run`` recorded: ``title``, ``model`` (spec, hub_id, card), ``what`` (one sentence), ``before`` and
-            ``after`` (parameters, bytes, zeros, prunable), ``asked``, ``calibration``, ``uneven``, ``figures``, ``recipe`` (YAML).
+            ``after`` (parameters, bytes, zeros, prunable), ``asked``, ``calibration``, ``uneven``, ``load``, ``figures``, ``recipe`` (YAML).
     """
     from huggingface_hub import ModelCardData
 
@@ -28,7 +29,7 @@ def model_card(facts: Facts) -> str:
         license_link=card.get("license_link"),
         base_model=model.get("hub_id") or card.get("base_model"),
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=facts["load"]["task"],
         tags=["pruning", "secateur"],
     )
     parts = [
@@ -63,6 +64,7 @@ def pruned_facts(plan: Plan, source_card: Facts, record: Facts) -> Facts:
         "criterion": plan.recipe.criterion,
         "calibration": record["calibration"],
         "uneven": record["uneven"],
+        "load": record["load"],
         "figures": _figures_of(record.get("evaluation")),
         "recipe": plan.recipe.to_yaml(),
     }
@@ -83,6 +85,7 @@ def recovered_facts(record: Facts, recipe: str | None) -> Facts:
         "criterion": "LoRA on every linear layer of the blocks",
         "calibration": data,
         "uneven": record["uneven"],
+        "load": record["load"],
         "figures": None,
         "recipe": recipe or "model: unknown",
     }
@@ -143,15 +146,17 @@ def _how(facts: Facts) -> str:
 
 
 def _load(facts: Facts) -> str:
-    remote = ", trust_remote_code=True" if facts["uneven"] else ""
+    loading = Loading(**facts["load"])
     note = (
-        "Its blocks differ in size, which transformers builds through the bundled `modeling_secateur.py`; "
+        "Its sizes are not those of its family, so transformers builds it through the bundled `modeling_secateur.py`; "
         "`secateur.load(folder)` needs no remote code.\n\n"
         if facts["uneven"]
         else ""
     )
-    return (
-        f"{note}```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{remote})\n'
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")\n```'
-    )
+    processor = "tokenizer" if loading.processor == "AutoTokenizer" else "processor"
+    lines = [
+        f"from transformers import {loading.model}, {loading.processor}",
+        "model = " + loading.line('"FOLDER"'),
+        f'{processor} = {loading.processor}.from_pretrained("FOLDER")',
+    ]
+    return note + "\n".join(["```python", *lines, "```"])

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from secateur.checkpoint.architecture import Loading
 from secateur.files import human_bytes
 from secateur.report.words import notes_in_words
 
@@ -84,8 +85,7 @@ def recovery_table(record: dict[str, Any], out: Path) -> RenderableType:
 
 
 def _load_line(record: dict[str, Any], out: Path) -> str:
-    remote = ", trust_remote_code=True" if record["uneven"] else ""
-    return f"load it:  AutoModelForCausalLM.from_pretrained({str(out)!r}{remote})"
+    return f"load it:  {Loading(**record['load']).line(repr(str(out)))}"
 
 
 def _table(*columns: str) -> Table:
