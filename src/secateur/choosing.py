@@ -82,8 +82,11 @@ class Chooser:
         return f"{self.recipe.model} has no '{kind}' units that can be cut{reason} (it has: {there})"
 
     def groups(self, block: int) -> list[UnitGroup]:
-        """The groups of one block that have to be scored."""
-        return [group for pool in self.pools for group in pool.groups if group.block == block]
+        """The groups of one block that are scored: all of the kinds asked for, whatever may leave in this run.
+
+        Scores are kept, and another allocation reads them where this one protects a block.
+        """
+        return [group for pool in self._everywhere for group in pool.groups if group.block == block]
 
     def _check_ratio(self) -> None:
         if self.recipe.allocation == "two-tier":

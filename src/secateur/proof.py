@@ -21,7 +21,7 @@ from secateur.checkpoint.architecture import example_inputs
 from secateur.checkpoint.carving import Assignment, assignments
 from secateur.checkpoint.shapes import OutputShape, carved_shapes, native_shapes, output_shape
 from secateur.checkpoint.skeleton import Skeleton, build_skeleton
-from secateur.errors import StructureError
+from secateur.errors import StructureError, reason_of
 from secateur.reference import cut_state, logits, masked_logits
 from secateur.small import SmallModel, small_model
 from secateur.structure import (
@@ -84,13 +84,10 @@ def prove_all(skeleton: Skeleton, structure: Structure) -> Iterator[Proof]:
         kinds.setdefault((group.kind, group.module if group.kind != "hidden" else ""))
     for kind, module in kinds:
         for case in ("one", "many", "uneven") if kind not in ("hidden", "block") else ("one", "many"):
-            cut = example_cut(small.structure, len(small.stands_for), [(kind, module)], case)
-            if cut is not None:
-                yield _proof(small, cut, kind, module, case)
+            yield from _proved(small, [(kind, module)], case, kind, module)
     together = [key for key in kinds if key[0] != "block"]
-    cut = example_cut(small.structure, len(small.stands_for), together, "many")
-    if cut is not None and len(together) > 1:
-        yield _proof(small, cut, "all together", "", "many")
+    if len(together) > 1:
+        yield from _proved(small, together, "many", "all together", "")
 
 
 def prove_cut(skeleton: Skeleton, structure: Structure, cut: ModelCut) -> Verdict:
@@ -138,10 +135,20 @@ def _one_thread() -> Iterator[None]:
 
 @_one_thread()
 def judge(small: SmallModel, cut: ModelCut) -> Verdict:
-    """Compare every form of output of ``cut`` with the masked model; a form that is right ends the search."""
+    """Compare every form of output of ``cut`` with the masked model; a form that is right ends the search.
+
+    Raises:
+        StructureError: the small model does not run, or there is no config for the blocks that stay.
+    """
     skeleton = small.skeleton
-    expected = masked_logits(skeleton, cut, _inputs(small))
-    effect = _difference(logits(skeleton, _inputs(small)), expected)
+    try:
+        expected = masked_logits(skeleton, cut, _inputs(small))
+        effect = _difference(logits(skeleton, _inputs(small)), expected)
+    except Exception as error:  # whatever the family's code says
+        raise StructureError(
+            f"the small instance of {type(skeleton.config).__name__} on which units are proved does not run "
+            f"({reason_of(error)}); nothing was proved"
+        ) from error
     failed: dict[str, str] = {}
     for shape, assignment in _ways(small, cut):
         if shape.form in failed and shape.form != "carved":
@@ -200,8 +207,13 @@ def _of_kind(cut: ModelCut, kind: str) -> ModelCut:
     return ModelCut(tuple(own(removals) for removals in cut.blocks), own(cut.outside))
 
 
-def example_cut(structure: Structure, blocks: int, kinds: Sequence[tuple[str, str]], case: str) -> ModelCut | None:
-    """A cut to prove something with: ``one`` unit, ``many``, or ``uneven`` numbers; None where nothing can leave so."""
+def example_cut(
+    structure: Structure, blocks: int, kinds: Sequence[tuple[str, str]], case: str, shift: int = 0
+) -> ModelCut | None:
+    """A cut to prove something with: ``one`` unit, ``many``, or ``uneven`` numbers; None where nothing can leave so.
+
+    ``shift`` chooses other units.
+    """
     removals: list[list[tuple[UnitGroup, list[int]]]] = [[] for _ in range(blocks)]
     outside: list[tuple[UnitGroup, list[int]]] = []
     dropped: tuple[int, ...] = ()
@@ -213,10 +225,10 @@ def example_cut(structure: Structure, blocks: int, kinds: Sequence[tuple[str, st
             continue
         for group in groups:
             if kind == "hidden":
-                units = _some(group, case, 0)
+                units = _some(group, case, shift)
                 (outside if group.block == OUTSIDE else removals[group.block]).append((group, units))
             elif not (case == "uneven" and group.block == 0):
-                removals[group.block].append((group, _some(group, case, group.block)))
+                removals[group.block].append((group, _some(group, case, group.block + shift)))
     anything = dropped or any(units for entry in (*removals, outside) for _, units in entry)
     return ModelCut(tuple(removals), outside, dropped) if anything else None
 
@@ -233,8 +245,30 @@ def _some(group: UnitGroup, case: str, shift: int) -> list[int]:
     return sorted(family * size + place for family, own in enumerate(places) for place in own)
 
 
-def _proof(small: SmallModel, cut: ModelCut, kind: str, module: str, case: str) -> Proof:
-    verdict = judge(small, cut)
+ATTEMPTS = 4
+"""How many choices of units are tried until one has an effect: an expert may be chosen by no token of the example."""
+
+
+def _proved(small: SmallModel, kinds: Sequence[tuple[str, str]], case: str, kind: str, module: str) -> Iterator[Proof]:
+    """The proof of one case; nothing where no units can leave so."""
+    proof = None
+    for shift in range(ATTEMPTS):
+        cut = example_cut(small.structure, len(small.stands_for), kinds, case, shift)
+        if cut is None:
+            return
+        try:
+            verdict = judge(small, cut)
+        except StructureError as error:
+            yield Proof(kind, module, case, "", None, str(error))
+            return
+        proof = _in_words(verdict, kind, module, case)
+        if verdict.form is None or verdict.means_something:
+            break
+    assert proof is not None
+    yield proof
+
+
+def _in_words(verdict: Verdict, kind: str, module: str, case: str) -> Proof:
     problem = "; ".join(f"{form}: {reason}" for form, reason in verdict.failed.items())
     if verdict.form is None:
         return Proof(kind, module, case, "", None, problem or "no config of transformers says these sizes")

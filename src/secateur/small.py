@@ -151,7 +151,7 @@ def _fill(skeleton: Skeleton) -> None:
         if not tensor.is_floating_point():
             continue
         noise = torch.randn(tensor.shape, generator=generator)
-        state[name] = 0.3 * noise + 0.7 if tensor.dim() == 1 else noise * min(0.25, 2 * tensor.shape[-1] ** -0.5)
+        state[name] = 0.3 * noise + 0.7 if tensor.dim() <= 1 else noise * min(0.25, 2 * tensor.shape[-1] ** -0.5)
     skeleton.model.load_state_dict(state, strict=False, assign=True)
     skeleton.model.tie_weights()
     skeleton.model.requires_grad_(False)

@@ -208,3 +208,11 @@ def test_the_plan_says_target_and_rounding(command, llama_folder, tmp_path):
     code, out, _ = command(*words, "--overwrite", "--target", "params=-20%", "--round-to", 8)
     assert "parameters=-20" not in out
     assert "target" in out
+
+
+@pytest.mark.parametrize("first", [dict(allocation="two-tier"), dict(blocks="1:2"), dict(steps=2)])
+def test_scores_that_one_allocation_keeps_serve_another(first, llama_folder, windows_file, tmp_path):
+    fields = dict(unit="head,channel", calibration=str(windows_file))
+    secateur.plan(str(llama_folder), tmp_path / "first.json", ratio=0.25, **fields, **first)
+    plan = secateur.plan(str(llama_folder), tmp_path / "then.json", ratio=0.3, allocation="global", **fields)
+    assert plan.removes_anything()

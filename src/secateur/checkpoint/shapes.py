@@ -18,7 +18,7 @@ from secateur.checkpoint.carving import Assignment, Sizes, assignments, carved_r
 from secateur.checkpoint.depth import block_signature, fields_without_blocks
 from secateur.checkpoint.fields import Family, Fields, Shapes, built_family, joined, overrides_by_block, same
 from secateur.checkpoint.skeleton import REMOTE_CLASS, Skeleton, build_skeleton, is_uneven
-from secateur.errors import StructureError
+from secateur.errors import ModelError, StructureError
 from secateur.structure.cutting import ModelCut
 from secateur.structure.units import Structure
 
@@ -110,7 +110,11 @@ def carved_shapes(
         return
     config = family.config(carved=record)
     config.auto_map = {automatic_class(config): REMOTE_CLASS}
-    if same(build_skeleton(config).shapes(), wanted):
+    try:
+        built = build_skeleton(config)
+    except ModelError:  # this reading takes something for a size that is none in another block
+        return
+    if same(built.shapes(), wanted):
         yield OutputShape(config, family.architecture, uneven=True, form="carved")
 
 

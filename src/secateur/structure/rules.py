@@ -86,6 +86,8 @@ def view(call: Call) -> Axes:
 
 def regroup(call: Call, axes: Axes, old: Sequence[int], new: Sequence[int]) -> Axes:
     """Merge and split dimensions, in the smallest runs of old and new dimensions with equal products."""
+    if prod(old) == 0:
+        raise StructureError("it reshapes a tensor without entries")
     result: Axes = []
     done_old = done_new = 0
     while done_old < len(old) or done_new < len(new):
@@ -134,7 +136,7 @@ def expand(call: Call) -> Axes:
 @rule("new_empty", "new_zeros", "new_ones", "new_full")
 def blank(call: Call) -> Axes:
     """A new tensor to be written into: labels of its own, tied by what is written."""
-    return [call.labels.blank(size) if size > 1 else neutral(1) for size in call.output.shape]
+    return [call.labels.blank(size) if size > 1 else neutral(size) for size in call.output.shape]
 
 
 @rule("repeat")

@@ -154,7 +154,10 @@ class Tracer(TorchDispatchMode):
         values = call.values if call.values is not None else self._values_kept(function, tracked)
         for tensor, labels in zip(call.outputs, outcome if several else [outcome], strict=False):
             if [len(axis) for axis in labels] != list(tensor.shape):
-                raise AssertionError(f"the rule for {function} gave wrong shapes")  # a defect of the rule
+                raise OperatorError(
+                    f"the operator {function} in {self.place} is used in a way that its rule does not cover; units cannot be "
+                    "found past it, so this model's structure cannot be pruned (weights can still be masked; please report this)"
+                )
             if id(tensor) not in self._names:  # in-place on a parameter would make it an activation
                 indices = values if not tensor.is_floating_point() else None
                 self._tracked[id(tensor)] = (tensor, Axes(list(labels), is_weight, indices))
