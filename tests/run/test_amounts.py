@@ -216,3 +216,13 @@ def test_scores_that_one_allocation_keeps_serve_another(first, llama_folder, win
     secateur.plan(str(llama_folder), tmp_path / "first.json", ratio=0.25, **fields, **first)
     plan = secateur.plan(str(llama_folder), tmp_path / "then.json", ratio=0.3, allocation="global", **fields)
     assert plan.removes_anything()
+
+
+def test_random_in_two_rounds_takes_exactly_the_ratio_and_the_same_each_time(pruned, tmp_path):
+    for name in ("once", "again"):
+        pruned(tiny_llama(), name, unit="channel", ratio=0.5, criterion="random", steps=2)
+    first, second = removed(tmp_path, "once"), removed(tmp_path, "again")
+    assert first == second
+    assert {len(units) / 96 for units in first.values()} == {0.5}
+    assert first[0, "channel"] != first[1, "channel"]
+    assert first[0, "channel"] != list(range(48))
