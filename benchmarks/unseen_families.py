@@ -75,7 +75,8 @@ def look_at(config_class: Any) -> dict[str, Any]:
     failed = [f"{proof.kind} {proof.case}: {proof.problem}" for proof in proofs if not proof.holds]
     kinds = sorted({proof.kind for proof in proofs if proof.holds} - {"all together"})
     entry = {"kinds": kinds, "proved": len(proofs) - len(failed), "refused": len(structure.refused)}
-    return entry | {"outcome": "partly" if failed else "proved", "why": "; ".join(failed)}
+    outcome = "proved" if not failed else "partly" if kinds else "refused"
+    return entry | {"outcome": outcome, "why": "; ".join(failed)}
 
 
 def _report(config_class: Any, connection: Any) -> None:
