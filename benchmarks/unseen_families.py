@@ -32,34 +32,45 @@ OTHER_NAMES: dict[str, Any] = {
     "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "is_decoder": True,
     "shared_expert_intermediate_size": 24, "moe_shared_expert_intermediate_size": 24,
 }  # fmt: skip
-LEFT_OUT = ((), ("head_dim",), ("num_key_value_heads",), ("num_key_value_heads", "head_dim"))
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {}, {"head_dim": None}, {"num_key_value_heads": None}, {"num_key_value_heads": None, "head_dim": None},
+    {"num_key_value_heads": 4, "head_dim": 8},
+)  # fmt: skip
+"""Changes to those sizes, tried until a family takes them: latent attention has a key head for every query head."""
+
 LARGEST = 30_000_000
 TIME_LIMIT_S = 120
 
 
-def tiny_config(config_class: Any) -> Any:
-    """A config with tiny sizes, or in words why there is none."""
+def tiny_configs(config_class: Any) -> Iterator[Any]:
+    """Configs with tiny sizes, or in words why there is none."""
     known = inspect.signature(config_class).parameters
     fields = SIZES | {name: value for name, value in OTHER_NAMES.items() if name in known}
-    problem = ""
-    for left_out in LEFT_OUT:
+    for changes in VARIANTS:
+        changed = fields | {name: value for name, value in changes.items() if name in known}
         try:
-            return config_class(**{name: value for name, value in fields.items() if name not in left_out})
+            yield config_class(**{name: value for name, value in changed.items() if value is not None})
         except Exception as error:  # strict configs raise whatever they like
-            problem = problem or " ".join(str(error).split())[:100]
-    return problem
+            yield " ".join(str(error).split())[:100]
 
 
 def look_at(config_class: Any) -> dict[str, Any]:
-    """What becomes of one family."""
+    """What becomes of one family, in the first sizes that it takes."""
+    found = []
+    for config in tiny_configs(config_class):
+        found.append({"outcome": "not tried", "why": config} if isinstance(config, str) else outcome_of(config))
+        if found[-1]["outcome"] in ("proved", "partly"):
+            return found[-1]
+    return next((entry for entry in found if entry["outcome"] == "refused"), found[0])
+
+
+def outcome_of(config: Any) -> dict[str, Any]:
+    """What becomes of one config."""
     from secateur.checkpoint.skeleton import build_skeleton
     from secateur.errors import ModelError, StructureError
     from secateur.proof import prove_all
     from secateur.structure import find_all_units
 
-    config = tiny_config(config_class)
-    if isinstance(config, str):
-        return {"outcome": "not tried", "why": config}
     try:
         skeleton = build_skeleton(config)
     except (ModelError, StructureError) as error:
