@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from secateur.checkpoint.architecture import loader_for
-from secateur.checkpoint.carved import check_runs, record_of
+from secateur.checkpoint.carved import check_runs
 from secateur.checkpoint.skeleton import is_uneven, load_config
 from secateur.checkpoint.uneven import PrunedForCausalLM
 from secateur.errors import ModelError, reason_of
@@ -35,6 +35,5 @@ def load(folder: str | Path, dtype: Any = torch.float32, **kwargs: Any) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = reason_of(error)
         raise ModelError(f"{folder} does not load: {reason}") from error
-    if record_of(config):
-        check_runs(model, folder)
+    check_runs(model, folder)
     return model

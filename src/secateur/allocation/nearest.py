@@ -6,13 +6,11 @@ import math
 
 import torch
 
-from secateur.allocation.pools import Pool, ShapesOf, leave_everywhere, pools_of
-from secateur.allocation.uniform import leaving, lowest_units
+from secateur.allocation.pools import ShapesOf, leave_everywhere, pools_of
+from secateur.allocation.uniform import lowest_units, uniform_amounts
+from secateur.recipe import SPANNING
 from secateur.removal.decision import model_cut
-from secateur.structure import ModelCut, Structure, parameters_per_unit
-
-SPANNING = ("hidden", "block")
-"""Kinds that leave the model as a whole, evenly whatever the plan."""
+from secateur.structure import ModelCut, Structure, UnitGroup, parameters_per_unit
 
 
 def nearest_even_cut(
@@ -30,16 +28,12 @@ def nearest_even_cut(
     if not pools:
         return None
 
-    def parameters(units: list[tuple]) -> int:
-        return sum(number * parameters_per_unit(group, shapes_of(group.block)) for group, number in units)
+    def parameters(group: UnitGroup, units: int) -> int:
+        return units * parameters_per_unit(group, shapes_of(group.block))
 
-    gone = parameters([(group, len(units)) for group, units in removals])
-    there = parameters([(pool.groups[0], pool.groups[0].count) for pool in pools])
+    gone = sum(parameters(group, len(units)) for group, units in removals)
+    there = sum(parameters(group, group.count) for pool in pools for group in pool.groups)
     ratio = math.ceil(1000 * max(gone / there, max(1 / pool.size for pool in pools))) / 1000
-    return kinds, ratio, _even_cut(pools, ratio, len(cut.blocks))
-
-
-def _even_cut(pools: list[Pool], ratio: float, blocks: int) -> ModelCut:
-    equal = {pool.key: torch.zeros(pool.groups[0].count) for pool in pools}
-    chosen = {pool.key: lowest_units(pool, equal[pool.key], leaving(pool, ratio)) for pool in pools}
-    return model_cut(leave_everywhere(pools, chosen), blocks)
+    amounts = uniform_amounts(pools, ratio)
+    chosen = {pool.key: lowest_units(pool, torch.zeros(pool.groups[0].count), amounts[pool.key]) for pool in pools}
+    return kinds, ratio, model_cut(leave_everywhere(pools, chosen), len(cut.blocks))

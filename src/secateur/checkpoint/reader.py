@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from secateur.checkpoint.carved import check_runs, record_of
+from secateur.checkpoint.carved import check_runs
 from secateur.checkpoint.conversion import Origin, StoredTensor, find_origins, usual_name
 from secateur.checkpoint.manifest import check_manifest
 from secateur.checkpoint.skeleton import Skeleton, build_skeleton, load_config
@@ -150,8 +150,7 @@ def open_checkpoint(spec: str, trust_remote_code: bool = False) -> Checkpoint:
     check_manifest(source.folder)
     skeleton = build_skeleton(load_config(source.folder, trust_remote_code), trust_remote_code)
     matched = _matched(source.folder, skeleton, stored)
-    if record_of(skeleton.config):
-        check_runs(skeleton.model, source.folder)
+    check_runs(skeleton.model, source.folder)
     return Checkpoint(source, skeleton, matched)
 
 
