@@ -50,6 +50,12 @@ class BlockStore:
             file.unlink(missing_ok=True)
             raise KeyError(block) from error
 
+    def clear(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # where others are in it
+            self.folder.parent.rmdir()
+
     def missing(self, blocks: range) -> list[int]:
         """The blocks whose contents are not there yet; unreadable ones are found and dropped."""
         absent = []

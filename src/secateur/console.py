@@ -73,7 +73,7 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 @contextmanager
-def progress(description: str, total: int | None) -> Iterator[Advance]:
+def progress(description: str, total: int | None, tokens: int | None = None) -> Iterator[Advance]:
     """A progress bar on stderr; call the yielded object once per finished piece."""
     bar = Progress(
         TextColumn("{task.description:<34}"),

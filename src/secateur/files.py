@@ -55,6 +55,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Make renames inside ``folder`` survive a loss of power, where the system can say so."""
+    if hasattr(os, "O_DIRECTORY"):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as stable, readable JSON (keys as given, one trailing newline), atomically."""
     with atomic_file(path) as temporary:

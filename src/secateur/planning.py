@@ -27,8 +27,8 @@ from secateur.identities import calibration_identity, calibration_windows, model
 from secateur.plans import Plan
 from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
-from secateur.scoring import add_states, as_states, block_scores, weight_scores
-from secateur.statistics import GradientStatistic, Statistic
+from secateur.scoring import block_scores, weight_scores
+from secateur.statistics import GradientStatistic, Statistic, add_states, as_states
 from secateur.structure import OUTSIDE, Structure, cut_shapes, find_all_units
 from secateur.sweep import BlockStatistics, Sweep, SweepSettings
 

@@ -14,9 +14,8 @@ from secateur.criteria.base import Criterion, Matrix
 from secateur.criteria.units import unit_scores
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe
-from secateur.statistics import Statistic
+from secateur.statistics import BlockStatistics
 from secateur.structure import UnitGroup
-from secateur.sweep import BlockStatistics
 
 WEIGHTS = "weights."
 
@@ -98,24 +97,3 @@ def _of_block(contributions: Mapping[str, torch.Tensor], criterion: Criterion) -
     """A block is worth what its matrices contribute, ``()`` float64."""
     rows = [criterion.channel_score(part.double().flatten(1), 0).sum() for part in contributions.values()]
     return torch.stack(rows).sum()
-
-
-def as_states(statistics: BlockStatistics) -> dict[str, torch.Tensor]:
-    """All statistics of one block as flat named tensors."""
-    return {
-        f"{name}|{kind.name}|{part}": tensor
-        for name, kinds in statistics.items()
-        for kind, statistic in kinds.items()
-        for part, tensor in statistic.state().items()
-    }
-
-
-def add_states(
-    statistics: BlockStatistics, states: Mapping[str, torch.Tensor], kinds: frozenset[type[Statistic]]
-) -> None:
-    """Put stored statistics beside those just gathered."""
-    for name, gathered in statistics.items():
-        for kind in kinds:
-            prefix = f"{name}|{kind.name}|"
-            state = {key.removeprefix(prefix): tensor for key, tensor in states.items() if key.startswith(prefix)}
-            gathered[kind] = kind.from_state(state)

@@ -25,6 +25,12 @@ class StoredTensor:
     stored_name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int = 0
+    """Of its first byte in the file."""
+
+    @property
+    def bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

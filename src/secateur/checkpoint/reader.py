@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from secateur.checkpoint.carved import check_runs
 from secateur.checkpoint.conversion import Origin, StoredTensor, find_origins, usual_name
 from secateur.checkpoint.manifest import check_manifest
+from secateur.checkpoint.readahead import Readahead
 from secateur.checkpoint.skeleton import Skeleton, build_skeleton, load_config
 from secateur.checkpoint.source import ModelSource, resolve_model
 from secateur.console import log, track
@@ -93,6 +94,16 @@ class Checkpoint:
         prefix = self.skeleton.block_prefix(index)
         names = [prefix + name for name in self.skeleton.block_names(index)]
         return {name.removeprefix(prefix): tensor for name, tensor in self.read(names).items()}
+
+    def read_ahead(self, index: int) -> None:
+        """Have block ``index`` brought near while another computes."""
+        prefix = self.skeleton.block_prefix(index)
+        names = (prefix + name for name in self.skeleton.block_names(index))
+        self._readahead.start(source for name in names for source in self.tensors[name].origin.sources)
+
+    @cached_property
+    def _readahead(self) -> Readahead:
+        return Readahead()
 
     def outer_names(self) -> list[str]:
         """Names of the stored tensors outside the blocks: embeddings, final norm, head."""
@@ -194,14 +205,22 @@ def _stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     found = {}
     with _Files() as files:
         for file in _weight_files(folder):
-            stream = files.stream(file)
+            stream, offsets = files.stream(file), _offsets(file)
             for name in stream.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
                 view = stream.get_slice(name)
                 dtype = (WEIGHT_DTYPES | OTHER_DTYPES).get(view.get_dtype())
                 if dtype is None:
                     raise ModelError(_wrong_dtype(name, file, view.get_dtype()))
-                found[name] = StoredTensor(file, name, dtype, tuple(view.get_shape()))
+                found[name] = StoredTensor(file, name, dtype, tuple(view.get_shape()), offsets[name])
     return found
+
+
+def _offsets(file: Path) -> dict[str, int]:
+    """Where each tensor begins: the header of a file that safetensors has accepted says so."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+    return {name: 8 + length + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _wrong_dtype(name: str, file: Path, dtype: str) -> str:

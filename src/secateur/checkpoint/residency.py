@@ -8,51 +8,87 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from secateur.checkpoint.outside import OnDisk, large_tables
+from secateur.checkpoint.placement import HERE, Placement, give_back_memory
 from secateur.checkpoint.reader import Checkpoint
-
-COMPUTE_DTYPE = torch.float32
-"""What weights are computed in: one block is small, and float32 sums are what the formulas mean."""
 
 OuterChange = Callable[[Mapping[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 @contextmanager
-def resident_block(checkpoint: Checkpoint, index: int) -> Iterator[nn.Module]:
-    """Block ``index`` with its weights in memory (float32) while the context lasts."""
+def resident_block(
+    checkpoint: Checkpoint, index: int, placement: Placement = HERE, ahead: int | None = None
+) -> Iterator[nn.Module]:
+    """Block ``index`` with its weights in memory while the context lasts.
+
+    Args:
+        placement: where it computes, and in which numbers.
+        ahead: the block that will be wanted next; it is read meanwhile.
+    """
     block = checkpoint.skeleton.blocks[index]
-    block.load_state_dict(_computable(checkpoint.block_tensors(index)), assign=True)
+    stored = checkpoint.block_tensors(index)
+    numbers = {name: placement.numbers(stored.pop(name)) for name in list(stored)}  # each mapped tensor goes at once
+    block.load_state_dict(numbers, assign=True)
+    del numbers
     block.requires_grad_(False)
+    if ahead is not None:
+        checkpoint.read_ahead(ahead)
     try:
         yield block
     finally:
-        _release(block)
+        release(block)
+        give_back_memory()
 
 
 @contextmanager
-def resident_outer(checkpoint: Checkpoint, change: OuterChange | None = None) -> Iterator[nn.Module]:
-    """Everything outside the blocks (embeddings, final norm, head) in memory while the context lasts.
+def resident_outer(
+    checkpoint: Checkpoint, change: OuterChange | None = None, placement: Placement = HERE
+) -> Iterator[nn.Module]:
+    """Everything outside the blocks (embeddings, final norm, head) at hand while the context lasts.
 
-    ``change`` gets these tensors by name and returns what takes the place of those it names.
+    Large tables are not brought in: rows of embeddings are read as tokens ask for them, and a head multiplies in
+    pieces, each read when its turn comes.
+
+    Args:
+        change: gets these tensors by name and returns what takes the place of those it names; then all are brought in.
     """
     model = checkpoint.skeleton.model
-    tensors = _computable(checkpoint.read(checkpoint.outer_names()))
+    tables = large_tables(checkpoint) if change is None else {}
+    tensors = {
+        name: placement.numbers(tensor)
+        for name, tensor in checkpoint.read(name for name in checkpoint.outer_names() if name not in tables).items()
+    }
     if change is not None:
         tensors |= change(tensors)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     model.requires_grad_(False)
     try:
-        yield model
+        with OnDisk(checkpoint, tables, placement):
+            yield model
     finally:
-        _release(model)
+        release(model)
+        give_back_memory()
 
 
-def _computable(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Numbers in the dtype of computing; indices and flags that a model stores beside its weights stay as they are."""
-    return {n: tensor.to(COMPUTE_DTYPE) if tensor.is_floating_point() else tensor for n, tensor in tensors.items()}
+@contextmanager
+def buffers_on(model: nn.Module, placement: Placement) -> Iterator[None]:
+    """What the model computes itself and keeps (rotary frequencies) on the device while the context lasts."""
+    if not placement.is_gpu:
+        yield
+        return
+    before = {(module, name): value for module in model.modules() for name, value in module._buffers.items()}
+    for (module, name), value in before.items():
+        if value is not None and not value.is_meta:
+            module._buffers[name] = value.to(placement.device)
+    try:
+        yield
+    finally:
+        for (module, name), value in before.items():
+            module._buffers[name] = value
 
 
-def _release(module: nn.Module) -> None:
+def release(module: nn.Module) -> None:
     """Send parameters back to meta; buffers, which are computed and not stored, stay."""
     for child in module.modules():
         for name, parameter in child._parameters.items():

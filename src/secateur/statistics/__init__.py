@@ -8,8 +8,10 @@ another worker's part, and gives its state as named tensors to store and resume.
 from secateur.statistics.base import GradientStatistic, InputStatistic, Statistic
 from secateur.statistics.gradient import GradientAbs, GradientMean, GradientSquare
 from secateur.statistics.inputs import InputNorm, InputSecondMoment
+from secateur.statistics.states import BlockStatistics, add_states, as_states
 
 __all__ = [
+    "BlockStatistics",
     "GradientAbs",
     "GradientMean",
     "GradientSquare",
@@ -18,4 +20,6 @@ __all__ = [
     "InputSecondMoment",
     "InputStatistic",
     "Statistic",
+    "add_states",
+    "as_states",
 ]

@@ -29,11 +29,27 @@ class Statistic(ABC):
         self.total.add_(term)
         self.windows += windows
 
+    def to(self, device: torch.device) -> Self:
+        """This statistic on ``device``; where it is there already, itself."""
+        if self.total is None or self.total.device == device:
+            return self
+        return type(self).from_state({"total": self.total.to(device), "windows": torch.tensor(self.windows)})
+
     def merge(self, other: Self) -> None:
         """Fold in what another worker gathered on other windows."""
         if other.total is not None:
             self.total = other.total.clone() if self.total is None else self.total.add_(other.total)
             self.windows += other.windows
+
+    def as_sum(self) -> torch.Tensor:
+        """A tensor that adds up with those of other workers, its own to change."""
+        if self.total is None:
+            raise ValueError(f"{self.name} has seen no window")
+        return self.total.clone()
+
+    def set_sum(self, summed: torch.Tensor, windows: int) -> None:
+        """Become the statistic of all ``windows`` windows, from what ``as_sum`` gave, added up over workers."""
+        self.total, self.windows = summed, windows
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything needed to store this statistic and to go on from it."""
@@ -76,8 +92,8 @@ class GradientStatistic(Statistic):
     def update(self, gradient_OI: torch.Tensor, windows: int = 1) -> None:
         """Fold in one window's gradient, or the sum over ``windows`` of them; it stays the caller's."""
 
-    def update_without(self, shape_OI: tuple[int, int], windows: int) -> None:
+    def update_without(self, shape_OI: tuple[int, int], windows: int, device: torch.device | None = None) -> None:
         """Fold in ``windows`` windows whose loss does not depend on the matrix: no token went to this expert."""
         if self.total is None:
-            self.total = torch.zeros(shape_OI)
+            self.total = torch.zeros(shape_OI, device=device)
         self.windows += windows

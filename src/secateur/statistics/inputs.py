@@ -19,7 +19,7 @@ class InputNorm(InputStatistic):
 
     def update(self, x_TI: torch.Tensor) -> None:
         if self.total is None:
-            self.total = torch.zeros(x_TI.shape[1])
+            self.total = torch.zeros(x_TI.shape[1], device=x_TI.device)
         seen = self.windows
         self.total *= seen / (seen + 1)
         self.total += torch.norm(x_TI.float().T, p=2, dim=1) ** 2 / (seen + 1)
@@ -32,6 +32,12 @@ class InputNorm(InputStatistic):
         both = self.windows + other.windows
         mine = 0 if self.total is None else self.total * (self.windows / both)
         self.total, self.windows = mine + other.total * (other.windows / both), both
+
+    def as_sum(self) -> torch.Tensor:
+        return super().as_sum() * self.windows
+
+    def set_sum(self, summed: torch.Tensor, windows: int) -> None:
+        super().set_sum(summed / windows, windows)
 
     def mean(self) -> torch.Tensor:
         """The running mean itself."""

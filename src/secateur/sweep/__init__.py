@@ -1,5 +1,7 @@
 """The walk over the decoder blocks, one block in memory: forward, and backward for exact gradients."""
 
-from secateur.sweep.walk import BlockStatistics, Sweep, SweepSettings, require_causal
+from secateur.statistics import BlockStatistics
+from secateur.sweep.sweep import Sweep, require_causal
+from secateur.sweep.walk import SweepSettings
 
 __all__ = ["BlockStatistics", "Sweep", "SweepSettings", "require_causal"]

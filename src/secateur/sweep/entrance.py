@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from secateur.checkpoint.architecture import ModelInputs, call_model
+from secateur.checkpoint.placement import HERE, Placement
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import OuterChange, resident_block, resident_outer
 from secateur.checkpoint.skeleton import Skeleton
@@ -96,11 +97,13 @@ def enter(
     batches: Sequence[ModelInputs],
     take: Callable[[int, torch.Tensor], None],
     change: OuterChange | None = None,
+    placement: Placement = HERE,
 ) -> BlockCalls:
     """Run what precedes the blocks on every micro-batch of inputs.
 
     Args:
         change: what becomes of the tensors outside the blocks.
+        placement: where it is computed.
         take: called with each micro-batch's number and the hidden states ``(B, T, D)`` that enter block 0.
 
     Returns:
@@ -115,31 +118,41 @@ def enter(
         if index == 0:
             number = len(calls.arguments[0]) - 1
             if number == 0:
-                calls.returns_tuple = _returns_tuple(checkpoint, hidden, args, kwargs)
+                calls.returns_tuple = _returns_tuple(checkpoint, placement, hidden, args, kwargs)
             take(number, hidden)
         if index == last:
             raise _LastBlockReached
         return (hidden,) if calls.returns_tuple else hidden
 
-    with torch.no_grad(), resident_outer(checkpoint, change) as model, _blocks_replaced(skeleton, pass_through):
+    outer = resident_outer(checkpoint, change, placement)
+    with torch.no_grad(), outer as model, _blocks_replaced(skeleton, pass_through):
         for inputs in batches:
             try:
-                call_model(model, inputs)
+                call_model(model, {name: tensor.to(placement.device) for name, tensor in inputs.items()})
             except _LastBlockReached:
                 continue
             raise ModelError(f"the forward of {type(model).__name__} does not run through its last block")
     return calls
 
 
-def _returns_tuple(checkpoint: Checkpoint, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _returns_tuple(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    hidden: torch.Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> bool:
     """Ask block 0's class what it returns, by running it once with its weights: the block itself is patched now."""
-    with resident_block(checkpoint, 0) as block:
+    with resident_block(checkpoint, 0, placement) as block:
         return isinstance(type(block).forward(block, hidden, *args, **kwargs), tuple)
 
 
 @contextmanager
 def head(
-    checkpoint: Checkpoint, calls: BlockCalls, change: OuterChange | None = None
+    checkpoint: Checkpoint,
+    calls: BlockCalls,
+    change: OuterChange | None = None,
+    placement: Placement = HERE,
 ) -> Iterator[Callable[[ModelInputs, torch.Tensor], torch.Tensor]]:
     """What follows the blocks, as a function from (inputs, hidden states ``(B, T, D)``) to logits."""
     skeleton = checkpoint.skeleton
@@ -150,12 +163,14 @@ def head(
         hidden = current[0] if index == last else hidden
         return (hidden,) if calls.returns_tuple else hidden
 
-    with resident_outer(checkpoint, change) as model, _blocks_replaced(skeleton, pass_through):
+    outer = resident_outer(checkpoint, change, placement)
+    with outer as model, _blocks_replaced(skeleton, pass_through):
 
         def logits(inputs: ModelInputs, hidden_BTD: torch.Tensor) -> torch.Tensor:
             current[:] = [hidden_BTD]
             try:
-                return call_model(model, inputs).logits.float()
+                on_device = {name: tensor.to(placement.device) for name, tensor in inputs.items()}
+                return call_model(model, on_device).logits.float()
             finally:
                 current.clear()
 

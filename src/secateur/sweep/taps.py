@@ -45,7 +45,7 @@ class InputTaps:
         with Products(watch.parameters.items(), tell):
             yield
         for name in watch.idle():
-            nothing_TI = torch.zeros(0, watch.shape(name)[1])
+            nothing_TI = torch.zeros(0, watch.shape(name)[1], device=watch.device)
             for statistic in self._statistics[name] * windows:
                 statistic.update(nothing_TI)
 
@@ -75,6 +75,7 @@ class GradientTaps:
         self._windows = windows
         self._uses: dict[str, list[_Use]] = defaultdict(list)
         self._shapes: dict[str, tuple[int, int]] = {}
+        self._device: torch.device | None = None
 
     @contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
@@ -91,7 +92,7 @@ class GradientTaps:
 
         with Products(watch.parameters.items(), tell):
             yield
-        self._shapes = {name: watch.shape(name) for name in watch.idle()}
+        self._shapes, self._device = {name: watch.shape(name) for name in watch.idle()}, watch.device
 
     def bytes(self) -> int:
         """How much the caught inputs hold."""
@@ -101,7 +102,7 @@ class GradientTaps:
         """After the backward pass: fold each matrix's gradients into its statistics, and let go."""
         for name, shape_OI in self._shapes.items():
             for statistic in statistics.get(name, ()):
-                statistic.update_without(shape_OI, self._windows)
+                statistic.update_without(shape_OI, self._windows, self._device)
         for name in list(self._uses):
             uses = [(use.x_BTI, use.gradient_BTO()) for use in self._uses.pop(name) if use.caught]
             kinds = list(statistics.get(name, ()))
@@ -144,6 +145,10 @@ class _Watched:
         """``(O, I)``"""
         outputs, inputs = self._matrices[name].of(self.parameters).shape
         return outputs, inputs
+
+    @property
+    def device(self) -> torch.device | None:
+        return next((parameter.device for parameter in self.parameters.values()), None)
 
     def idle(self) -> list[str]:
         """Experts to which no token went.

@@ -1,38 +1,34 @@
-"""The sweep: forward over the blocks, and backward for exact gradients, with one block's weights in memory.
-
-Forward keeps each block's input only. Backward visits the blocks last to first, brings one in, recomputes it with
-gradients on, folds every weight gradient into its statistics, and lets go. Where what autograd keeps of the last blocks
-fits in the memory allowed, it is kept and the recomputation skipped; the results are the same bit for bit.
-"""
+"""The sweep over the blocks with one block's weights in memory: the forward walk, and what both walks share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from secateur.checkpoint.architecture import named_inputs
 from secateur.checkpoint.matrices import BlockMatrices
+from secateur.checkpoint.placement import HERE, Placement
 from secateur.checkpoint.reader import Checkpoint
-from secateur.checkpoint.residency import resident_block
+from secateur.checkpoint.residency import buffers_on, resident_block
 from secateur.console import progress
 from secateur.errors import ModelError
 from secateur.files import full_disk_is_an_error
-from secateur.statistics import GradientStatistic, InputStatistic, Statistic
-from secateur.sweep.boundary import BoundaryStore
-from secateur.sweep.entrance import BlockCalls, enter, head
-from secateur.sweep.taps import GradientTaps, InputTaps
-
-BlockStatistics = dict[str, dict[type[Statistic], Statistic]]
-"""For each matrix of a block, the statistics gathered on it."""
+from secateur.statistics import BlockStatistics, InputStatistic, Statistic
+from secateur.sweep.boundary import BoundaryStore, Budget, Committing
+from secateur.sweep.entrance import BlockCalls, enter
+from secateur.sweep.taps import InputTaps
+from secateur.workers import ALONE, Workers
 
 Visit = Callable[[int, nn.Module, BlockStatistics], Mapping[str, torch.Tensor] | None]
 """Called with a block while its weights are in memory; what it returns replaces weights before the block's outputs
-are computed anew (pruned propagation)."""
+are computed anew (pruned propagation). What it decides has to be on disk when it returns: a run that is killed goes on
+after the last block that was visited."""
 
 
 @dataclass(frozen=True)
@@ -41,81 +37,130 @@ class SweepSettings:
 
     Attributes:
         micro_batch: windows that run through a block at once.
-        memory: bytes allowed for block inputs and kept activations; inputs beyond it go to ``scratch``.
-        scratch: a folder for what does not fit.
+        memory: bytes allowed for block inputs and kept activations; what is beyond it goes to ``scratch`` or is computed
+            again. It changes no result.
+        scratch: a folder for what does not fit, and for what another process needs to go on from.
+        placement: where blocks compute.
+        workers: the processes that share the windows.
     """
 
     micro_batch: int
     memory: int
     scratch: Path
+    placement: Placement = HERE
+    workers: Workers = ALONE
 
 
-@dataclass
-class _Kept:
-    """One block's run on one micro-batch with its autograd graph."""
-
-    x_BTD: torch.Tensor
-    out_BTD: torch.Tensor
-    taps: GradientTaps
-
-
-class Sweep:
-    """Walks over one checkpoint with one set of calibration windows.
+class Walk:
+    """One walk's windows, places and stores; forward and backward walks are made of it.
 
     Args:
         checkpoint: the model; its blocks are brought in one at a time.
-        ids_NT: token windows ``(N, T)``, int64.
-        settings: micro-batch and memory.
-
-    Attributes:
-        loss: mean next-token cross-entropy of the dense model over the windows, once a gradient pass has run.
+        ids_NT: token windows ``(N, T)`` of all workers, int64.
+        name: of the folder in ``scratch`` that holds this walk's state.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ids_NT: torch.Tensor, settings: SweepSettings) -> None:
-        self.checkpoint = checkpoint
-        self.settings = settings
-        self.loss: float | None = None
-        require_causal(checkpoint)
+    def __init__(self, checkpoint: Checkpoint, ids_NT: torch.Tensor, settings: SweepSettings, name: str) -> None:
+        self.checkpoint, self.settings = checkpoint, settings
+        self.workers, self.placement = settings.workers, settings.placement
+        self.windows = len(ids_NT)
+        own = self.workers.share(self.windows)
         # Where windows would mix inside a block they go one at a time: statistics are means over windows.
         apart = checkpoint.skeleton.keeps_windows_apart
-        self._batches = list(ids_NT.split(settings.micro_batch if apart else 1))
+        self.ids = list(ids_NT[own.start : own.stop].split(settings.micro_batch if apart else 1))
+        self.batches = range(len(self.ids))
+        self.tokens = ids_NT[own.start : own.stop].numel()
+        self.budget = Budget(settings.memory)
+        self.folder = settings.scratch / (name if self.workers.size == 1 else f"{name}-{self.workers.rank}")
+        self._committing = Committing()
+        self._stores: list[BoundaryStore] = []
 
-    def _inputs(self) -> list[dict[str, torch.Tensor]]:
-        return [named_inputs(ids_BT) for ids_BT in self._batches]
+    def store(self, name: str) -> BoundaryStore:
+        """A store of boundaries that shares this walk's memory."""
+        self._stores.append(BoundaryStore(self.budget, self.folder / name))
+        return self._stores[-1]
 
-    def dense(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
-        """Gather statistics of the dense model and visit each block of ``blocks`` once.
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """While the context lasts the model's buffers are on the device, and a full disk is an error for the user."""
+        with full_disk_is_an_error(self.settings.scratch), buffers_on(self.checkpoint.skeleton.model, self.placement):
+            try:
+                yield
+            finally:
+                for store in self._stores:
+                    store.close()
 
-        Blocks are visited first to last, or last to first where gradients are needed.
+    def enter(self, store: BoundaryStore | None) -> BlockCalls:
+        """How the blocks are called; what enters block 0 goes into ``store``, where it is wanted."""
 
-        Raises:
-            ModelError: activations, the loss or gradients are not finite.
+        def take(batch: int, x_BTD: torch.Tensor) -> None:
+            if store is not None:
+                store.put((0, batch), x_BTD)
+
+        return enter(self.checkpoint, [named_inputs(ids) for ids in self.ids], take, placement=self.placement)
+
+    def block(self, index: int, ahead: int) -> AbstractContextManager[nn.Module]:
+        """Block ``index`` with its weights on the device; block ``ahead``, if there is one, is read meanwhile."""
+        inside = 0 <= ahead < len(self.checkpoint.skeleton.blocks)
+        return resident_block(self.checkpoint, index, self.placement, ahead if inside else None)
+
+    def stream(self, store: BoundaryStore, boundary: int, keep: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
+        """The micro-batches of a boundary in order, on the device."""
+        return store.stream(boundary, self.batches, self.placement.arrive, keep)
+
+    def merge(self, statistics: BlockStatistics) -> None:
+        """Add up over workers what each gathered on its own windows."""
+        if self.workers.size == 1:
+            return
+        for kinds in statistics.values():
+            for statistic in kinds.values():
+                summed = statistic.as_sum()
+                self.workers.add_up([summed])
+                statistic.set_sum(summed, self.windows)
+
+    def commit(self, store: BoundaryStore, boundary: int) -> None:
+        """Make a boundary safe if it is time to, in all workers."""
+        if self.workers.first(self._committing.due()):
+            started = time.monotonic()
+            store.commit(boundary)
+            self.workers.wait()
+            self._committing.done(time.monotonic() - started)
+
+    def common(self, store: BoundaryStore) -> set[int]:
+        """The boundaries that every worker has committed."""
+        return set.intersection(*self.workers.all(store.committed()))
+
+
+class ForwardWalk(Walk):
+    """First block to last, gathering statistics of inputs; each visited block may be replaced on the way."""
+
+    def run(
+        self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, pruned: bool, done: int | None = None
+    ) -> None:
+        """Walk to the end of ``blocks`` and visit each.
+
+        Args:
+            pruned: whether what ``visit`` returns changes what the next block sees.
+            done: the first block whose visit is not known to be done; those before it may be left out.
         """
-        if any(issubclass(kind, GradientStatistic) for kind in needs):
-            self._with_gradients(needs, blocks, visit)
-        else:
-            self._forward(needs, blocks, visit, pruned=False)
-
-    def pruned(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
-        """Visit the blocks first to last; each sees the inputs that the blocks before it give after their visit.
-
-        A block's statistics come from one run with its dense weights (methods §0.1); what ``visit`` returns then
-        replaces its weights, and a second run gives the inputs of the next.
-        """
-        self._forward(needs, blocks, visit, pruned=True)
-
-    def _forward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, pruned: bool) -> None:
-        store = BoundaryStore(self.settings.memory, self.settings.scratch)
-        with full_disk_is_an_error(self.settings.scratch), progress("Sweeping the blocks", blocks.stop) as advance:
-            calls = enter(self.checkpoint, self._inputs(), lambda batch, x_BTD: store.put((0, batch), x_BTD))
-            for index in range(blocks.stop):  # what follows the last block asked for is never run
-                with resident_block(self.checkpoint, index) as block:
-                    self._forward_block(index, block, calls, store, needs, blocks, visit, pruned)
+        with self.ready(), progress("Sweeping the blocks", blocks.stop, self.tokens) as advance:
+            store = self.store("inputs")
+            reached = {boundary for boundary in self.common(store) if boundary <= (done or blocks.start)}
+            start = max(reached, default=0)
+            store.drop(lambda boundary: boundary != start or not reached)
+            calls = self.enter(None if reached else store)
+            advance(start)
+            for index in range(start, blocks.stop):  # what follows the last block asked for is never run
+                with self.block(index, ahead=index + 1) as block:
+                    self._block(index, block, calls, store, needs, blocks, visit, pruned)
+                if index + 1 < blocks.stop:
+                    self.commit(store, index + 1)
+                    store.drop_behind(index + 1, forward=True)
                 advance()
-        store.clear()
+            store.clear()
 
     @torch.no_grad()
-    def _forward_block(
+    def _block(
         self,
         index: int,
         block: nn.Module,
@@ -127,194 +172,44 @@ class Sweep:
         pruned: bool,
     ) -> None:
         matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
-        statistics = _fresh(matrices, needs)
+        statistics = fresh(matrices, needs)
         last = index == blocks.stop - 1
         again = pruned and index in blocks and not last
-        taps = InputTaps(matrices, _of_kind(statistics, InputStatistic))
-        for batch in range(len(self._batches)):
-            x_BTD = store.pop((index, batch))
+        taps = InputTaps(matrices, of_kind(statistics, InputStatistic))
+        for batch, x_BTD in self.stream(store, index, keep=again):
             with taps.watching(block, len(x_BTD)):
-                out_BTD = _finite(calls.run(block, index, batch, x_BTD), index)
-            if not last:
-                store.put((index, batch) if again else (index + 1, batch), x_BTD if again else out_BTD)
+                out_BTD = finite(calls.run(block, index, batch, x_BTD), index)
+            if not last and not again:
+                store.put((index + 1, batch), out_BTD)
         if index not in blocks:
             return
+        self.merge(statistics)
         replaced = visit(index, block, statistics)
+        statistics.clear()
         if again:
             if replaced:
                 block.load_state_dict(dict(replaced), strict=False, assign=True)
-            for batch in range(len(self._batches)):
-                out_BTD = calls.run(block, index, batch, store.pop((index, batch)))
-                store.put((index + 1, batch), _finite(out_BTD, index))
-
-    def _with_gradients(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
-        count = len(self.checkpoint.skeleton.blocks)
-        gathered: dict[int, BlockStatistics] = {}
-        store = BoundaryStore(self.settings.memory, self.settings.scratch)
-        kept: dict[tuple[int, int], _Kept] = {}
-        with full_disk_is_an_error(self.settings.scratch):
-            calls = enter(self.checkpoint, self._inputs(), lambda batch, x_BTD: store.put((0, batch), x_BTD))
-            keep_from = self._keep_from(calls, store, blocks.start)
-            with progress("Forward over the blocks", count) as advance:
-                for index in range(count):
-                    with resident_block(self.checkpoint, index) as block:
-                        gathered[index] = self._record(index, block, calls, store, kept, needs, blocks, keep_from)
-                    advance()
-            self._loss_gradients(calls, store, count)
-            with progress("Backward over the blocks", count - blocks.start) as advance:
-                for index in reversed(range(blocks.start, count)):
-                    with resident_block(self.checkpoint, index) as block:
-                        self._backward_block(
-                            index, block, calls, store, kept, gathered[index], first=index == blocks.start
-                        )
-                        if index in blocks:
-                            visit(index, block, gathered.pop(index))
-                    advance()
-        store.clear()
-
-    def _record(
-        self,
-        index: int,
-        block: nn.Module,
-        calls: BlockCalls,
-        store: BoundaryStore,
-        kept: dict[tuple[int, int], _Kept],
-        needs: frozenset[type[Statistic]],
-        blocks: range,
-        keep_from: int,
-    ) -> BlockStatistics:
-        """Run one block forward, remembering its inputs (or its autograd graph) for the way back."""
-        matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
-        statistics = _fresh(matrices, needs)
-        taps = InputTaps(matrices, _of_kind(statistics, InputStatistic))
-        for batch in range(len(self._batches)):
-            x_BTD = store.pop((index, batch))
-            with taps.watching(block, len(x_BTD)):
-                if index >= keep_from:
-                    run = self._run_with_graph(index, block, calls, batch, x_BTD, matrices)
-                    kept[index, batch] = run
-                    out_BTD = run.out_BTD.detach()
-                else:
-                    with torch.no_grad():
-                        out_BTD = calls.run(block, index, batch, x_BTD)
-            if keep_from > index >= blocks.start:
-                store.put((index, batch), x_BTD)
-            store.put((index + 1, batch), _finite(out_BTD, index))
-        return statistics
-
-    def _run_with_graph(
-        self,
-        index: int,
-        block: nn.Module,
-        calls: BlockCalls,
-        batch: int,
-        x_BTD: torch.Tensor,
-        matrices: BlockMatrices,
-    ) -> _Kept:
-        x_BTD = x_BTD.detach().requires_grad_()
-        taps = GradientTaps(matrices, len(x_BTD))
-        with torch.enable_grad(), taps.watching(block):
-            out_BTD = calls.run(block, index, batch, x_BTD)
-        return _Kept(x_BTD, out_BTD, taps)
-
-    def _loss_gradients(self, calls: BlockCalls, store: BoundaryStore, count: int) -> None:
-        """Replace the last block's outputs by the gradients of each window's own loss; one window's logits at a time."""
-        losses = []
-        with head(self.checkpoint, calls) as logits, progress("Loss of each window", len(self._batches)) as advance:
-            for batch, ids_BT in enumerate(self._batches):
-                gradients = []
-                for ids_T, hidden_TD in zip(ids_BT, store.pop((count, batch)), strict=True):
-                    hidden_1TD = hidden_TD[None].detach().requires_grad_()
-                    logits_TV = logits(named_inputs(ids_T[None]), hidden_1TD)[0, :-1]
-                    loss = F.cross_entropy(logits_TV, ids_T[1:])
-                    (gradient_1TD,) = torch.autograd.grad(loss, hidden_1TD)
-                    losses.append(loss.item())
-                    gradients.append(gradient_1TD)
-                store.put((count, batch), torch.cat(gradients))
-                advance()
-        self.loss = sum(losses) / len(losses)
-        if not torch.isfinite(torch.tensor(self.loss)):
-            raise ModelError(
-                "the loss of the dense model is not finite on the calibration windows; its weights are damaged"
-            )
-
-    def _backward_block(
-        self,
-        index: int,
-        block: nn.Module,
-        calls: BlockCalls,
-        store: BoundaryStore,
-        kept: dict[tuple[int, int], _Kept],
-        statistics: BlockStatistics,
-        first: bool,
-    ) -> None:
-        matrices = self.checkpoint.skeleton.prunable(index) if statistics else {}
-        for batch in range(len(self._batches)):
-            gradient_BTD = store.pop((index + 1, batch))
-            run = kept.pop((index, batch), None)
-            if run is None:
-                run = self._run_with_graph(index, block, calls, batch, store.pop((index, batch)), matrices)
-            run.out_BTD.backward(gradient_BTD)
-            run.taps.fold(_of_kind(statistics, GradientStatistic))
-            entering_gradient_BTD = run.x_BTD.grad
-            assert entering_gradient_BTD is not None
-            _finite(entering_gradient_BTD, index)
-            if not first:
-                store.put((index, batch), entering_gradient_BTD)
-
-    def _keep_from(self, calls: BlockCalls, store: BoundaryStore, start: int) -> int:
-        """The first block that may keep what autograd holds; the store is left the memory that this does not take."""
-        count = len(self.checkpoint.skeleton.blocks)
-        first_BTD = store.pop((0, 0))
-        inputs = first_BTD.numel() * first_BTD.element_size() * len(self._batches)
-        # Inputs of every block, and the gradients that replace them one block at a time.
-        free = self.settings.memory - (count - start + 2) * inputs
-        fitting = 0
-        if free > 0:
-            each = self._graph_bytes(calls, first_BTD)
-            fitting = min(count - start, free // each)
-            store.memory -= fitting * each
-        store.put((0, 0), first_BTD)
-        return count - fitting
-
-    def _graph_bytes(self, calls: BlockCalls, first_BTD: torch.Tensor) -> int:
-        """Bytes that one block's kept graph holds over all micro-batches, its weights included (measured on block 0)."""
-        seen: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with resident_block(self.checkpoint, 0) as block:
-            weights = sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                run = self._run_with_graph(0, block, calls, 0, first_BTD, self.checkpoint.skeleton.prunable(0))
-            return weights + (sum(seen.values()) + run.taps.bytes()) * len(self._batches)
+            del replaced
+            for batch, x_BTD in self.stream(store, index):
+                store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
 
 
-def require_causal(checkpoint: Checkpoint) -> None:
-    """Calibration is next-token prediction on text, so it needs a model that does that.
-
-    Raises:
-        ModelError: the model is an encoder, reads images, or has another head.
-    """
-    if not checkpoint.skeleton.is_causal:
-        raise ModelError(
-            f"{type(checkpoint.skeleton.model).__name__} is not a causal language model, and calibration is text "
-            "predicted token by token; choose a criterion that needs none (magnitude, random)"
-        )
-
-
-def _fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
+def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
+    """Statistics that have seen nothing."""
     return {name: {kind: kind() for kind in needs} for name in matrices}
 
 
-def _of_kind(statistics: BlockStatistics, base: type) -> dict[str, list]:
+def of_kind(statistics: BlockStatistics, base: type) -> dict[str, list]:
+    """For each matrix the statistics of one kind."""
     return {name: [s for s in kinds.values() if isinstance(s, base)] for name, kinds in statistics.items()}
 
 
-def _finite(x_BTD: torch.Tensor, index: int) -> torch.Tensor:
+def finite(x_BTD: torch.Tensor, index: int) -> torch.Tensor:
+    """``x_BTD`` itself.
+
+    Raises:
+        ModelError: it holds NaN or infinity.
+    """
     if not torch.isfinite(x_BTD).all():
         raise ModelError(
             f"block {index} gives values that are not finite on the calibration windows; the model's weights are damaged "

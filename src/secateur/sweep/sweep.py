@@ -1,0 +1,69 @@
+"""One checkpoint, one set of calibration windows: what walks over the blocks there are."""
+
+from __future__ import annotations
+
+import torch
+
+from secateur.checkpoint.reader import Checkpoint
+from secateur.errors import ModelError
+from secateur.statistics import GradientStatistic, Statistic
+from secateur.sweep.backward import BackwardWalk
+from secateur.sweep.walk import ForwardWalk, SweepSettings, Visit
+
+
+class Sweep:
+    """Walks over one checkpoint with one set of calibration windows.
+
+    Args:
+        checkpoint: the model; its blocks are brought in one at a time.
+        ids_NT: token windows ``(N, T)``, int64.
+        settings: micro-batch, memory, places.
+
+    Attributes:
+        loss: mean next-token cross-entropy of the dense model over the windows, once a gradient pass has run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ids_NT: torch.Tensor, settings: SweepSettings) -> None:
+        self.checkpoint, self.ids_NT, self.settings = checkpoint, ids_NT, settings
+        self.loss: float | None = None
+        require_causal(checkpoint)
+
+    def dense(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
+        """Gather statistics of the dense model and visit each block of ``blocks`` once.
+
+        Blocks are visited first to last, or last to first where gradients are needed.
+
+        Raises:
+            ModelError: activations, the loss or gradients are not finite.
+        """
+        if any(issubclass(kind, GradientStatistic) for kind in needs):
+            walk = BackwardWalk(self.checkpoint, self.ids_NT, self.settings, "backward")
+            walk.run(needs, blocks, visit)
+            self.loss = walk.loss
+        else:
+            ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "forward").run(needs, blocks, visit, pruned=False)
+
+    def pruned(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, done: int | None = None) -> None:
+        """Visit the blocks first to last; each sees the inputs that the blocks before it give after their visit.
+
+        A block's statistics come from one run with its dense weights (methods §0.1); what ``visit`` returns then
+        replaces its weights, and a second run gives the inputs of the next.
+
+        Args:
+            done: the first block whose visit is not known to be done and on disk; those before it may be left out.
+        """
+        walk = ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "pruned")
+        walk.run(needs, blocks, visit, pruned=True, done=done)
+
+
+def require_causal(checkpoint: Checkpoint) -> None:
+    """Calibration is next-token prediction on text, so it needs a model that does that.
+
+    Raises:
+        ModelError: the model is an encoder, reads images, or has another head.
+    """
+    if not checkpoint.skeleton.is_causal:
+        raise ModelError(
+            f"{type(checkpoint.skeleton.model).__name__} is not a causal language model, and calibration is text "
+            "predicted token by token; choose a criterion that needs none (magnitude, random)"
+        )
