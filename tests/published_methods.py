@@ -103,13 +103,20 @@ def folded_gradients(model: Any, ids_NT: torch.Tensor) -> dict[str, dict[str, to
 
 
 def gblm_metric(folded: dict[str, dict[str, torch.Tensor]], norm: str, alpha: float = 100.0) -> Any:
-    """The published file holds norms of ``alpha``-scaled gradients over samples, without any 1/N."""
+    """The published file holds norms of ``alpha``-scaled gradients over samples in 16 bits, without any 1/N."""
 
     def metric(name: str, weight: torch.Tensor, scaler_row: torch.Tensor) -> torch.Tensor:
-        size = alpha * (folded["abs"][name] if norm == "l1" else folded["square"][name].sqrt())
+        stored = eleven_bits(folded["abs" if norm == "l1" else "square"][name])
+        size = alpha * (stored if norm == "l1" else stored.sqrt())
         return weight.abs() * torch.sqrt(scaler_row) + weight.abs() * size
 
     return metric
+
+
+def eleven_bits(x: torch.Tensor) -> torch.Tensor:
+    """Numbers as fp16 would hold them if its range were wide enough."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
 
 
 def lowest_of_rows(ratio: float) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from secateur.console import log
 from secateur.files import atomic_file, human_bytes
@@ -36,9 +37,11 @@ class BlockStore:
         return self._file(block).is_file()
 
     def put(self, block: int, tensors: dict[str, torch.Tensor]) -> None:
-        content = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         with atomic_file(self._file(block)) as temporary:
-            temporary.write_bytes(content)  # through Python, so that a full disk is said as such
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            except SafetensorError as error:  # what the system said is in its text
+                raise OSError(errno.ENOSPC if "os error 28" in str(error) else errno.EIO, str(error)) from error
 
     def get(self, block: int) -> dict[str, torch.Tensor]:
         """What was put for ``block``; a damaged file is removed and raises ``KeyError`` so that it is made again."""
@@ -57,15 +60,16 @@ class BlockStore:
             self.folder.parent.rmdir()
 
     def missing(self, blocks: range) -> list[int]:
-        """The blocks whose contents are not there yet; unreadable ones are found and dropped."""
+        """The blocks whose contents are not there yet; truncated ones are found and dropped."""
         absent = []
         for block in blocks:
             if self.has(block):
                 try:
-                    self.get(block)
-                    continue
-                except KeyError:
+                    with safe_open(self._file(block), framework="pt"):  # checks header and length
+                        continue
+                except (SafetensorError, OSError):
                     log.info("The kept scores of block %d were damaged and are made again.", block)
+                    self._file(block).unlink(missing_ok=True)
             absent.append(block)
         return absent
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from secateur.allocation.goal import Goal
 from secateur.allocation.weights import WeightChooser
 from secateur.blockstore import BlockStore, trim_cache
 from secateur.calibration import TokenWindows
+from secateur.checkpoint.placement import HERE, Placement
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import resident_block
 from secateur.choosing import Chooser
@@ -27,18 +28,32 @@ from secateur.identities import calibration_identity, calibration_windows, model
 from secateur.plans import Plan
 from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
-from secateur.scoring import block_scores, weight_scores
+from secateur.scoring import BlockScorer, weight_scores
 from secateur.statistics import GradientStatistic, Statistic, add_states, as_states
+from secateur.statistics.half import halved, whole
 from secateur.structure import OUTSIDE, Structure, cut_shapes, find_all_units
-from secateur.sweep import BlockStatistics, Sweep, SweepSettings
+from secateur.sweep import BlockStatistics, Sweep, SweepSettings, Visit
+from secateur.workers import ALONE, Workers
+
+KEPT_SCORES = 4 * 1024**3
+"""Bytes of weights' scores that are kept for another ratio; beyond, masks are decided on the way."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """Where a planner may put things: ``scratch`` lives as long as the run, ``cache`` longer (None: nowhere)."""
+    """Where a planner works.
+
+    Attributes:
+        scratch: for what lives as long as the run.
+        cache: for what later runs can use; None: nowhere.
+        placement: where blocks compute.
+        workers: the processes that share the windows.
+    """
 
     scratch: Path
     cache: Path | None
+    placement: Placement = HERE
+    workers: Workers = ALONE
 
 
 class Planner:
@@ -100,6 +115,8 @@ class Planner:
         # Gradients are always the dense model's; without input statistics there is nothing to propagate.
         if self.recipe.propagate == "pruned" and from_inputs:
             self._choose_on_the_way(plan, from_inputs, needs - from_inputs)
+        elif not self._keeps_scores:
+            self._choose_in_dense(plan, needs)
         else:
             self._choose_from_scores(plan, self._dense_scores(needs))
         if self.workplace.cache is not None:
@@ -150,28 +167,48 @@ class Planner:
         )
         return True
 
-    # -- dense propagation: score everything, then choose
+    # -- dense propagation with scores that are kept: score everything, then choose
+
+    @property
+    def _keeps_scores(self) -> bool:
+        """Whether scores go to disk: those of units are tiny, those of weights four bytes each.
+
+        A choice over the whole model needs them. Otherwise they only save the next run a sweep, and many gigabytes are
+        not worth that: masks are then decided on the way, and no score outlives its block.
+        """
+        return self.recipe.is_global or not self.recipe.masks_weights or 4 * self._maskable() <= KEPT_SCORES
+
+    def _maskable(self) -> int:
+        """How many single weights have a score."""
+        skeleton = self.checkpoint.skeleton
+        shapes = [(skeleton.block_shapes(index), skeleton.prunable(index)) for index in self.blocks]
+        return sum(math.prod(matrix.shape(sizes)) for sizes, own in shapes for matrix in own.values())
 
     def _dense_scores(self, needs: frozenset[type[Statistic]]) -> BlockStore:
         """Scores of every block on disk; those of an earlier run are used again."""
         store = self._store("scores", needs)
-        missing = store.missing(self.blocks)
+        missing = self.workplace.workers.first(store.missing(self.blocks))
         if not missing:
             log.info("Using the scores kept from an earlier run.")
             return store
 
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
-            store.put(index, self._scores(index, block, statistics))
+            if self.workplace.workers.leads:
+                store.put(index, self._scorer(index, block, statistics).everything(self.chooser.groups(index)))
 
+        self._visit_dense(needs, missing, visit)
+        self.workplace.workers.wait()
+        return store
+
+    def _visit_dense(self, needs: frozenset[type[Statistic]], missing: list[int], visit: Visit) -> None:
         # A backward walk passes every later block anyway; a forward walk every earlier one.
         wanted = range(min(missing), max(missing) + 1)
         if needs:
             self._sweep().dense(needs, wanted, visit)
-        else:
-            for index in track(wanted, "Scoring the blocks"):
-                with resident_block(self.checkpoint, index) as block:
-                    visit(index, block, {})
-        return store
+            return
+        for index in track(wanted, "Scoring the blocks"):
+            with resident_block(self.checkpoint, index, self.workplace.placement, index + 1) as block:
+                visit(index, block, {})
 
     def _choose_from_scores(self, plan: Plan, store: BlockStore) -> None:
         removals = self.chooser.choose(store.get)
@@ -186,58 +223,111 @@ class Planner:
         dropped = {unit for group, units in removals.get(OUTSIDE, []) if group.kind == "block" for unit in units}
         for index in track(self.blocks, "Choosing what leaves"):
             if index not in dropped:
-                plan.add(index, self._masked(weights, index, removals.get(index, []), store.get(index)))
+                scores = weight_scores(store.get(index)).items() if self.recipe.masks_weights else ()
+                plan.add(index, self._masked(weights, index, removals.get(index, []), scores))
 
-    # -- pruned propagation: choose block by block, each on what the pruned blocks before it give
+    # -- choosing on the way: under dense propagation in any order, under pruned block by block
+
+    def _choose_in_dense(self, plan: Plan, needs: frozenset[type[Statistic]]) -> None:
+        """Every block's choice while its statistics are there; nothing of it but the masks outlives the visit."""
+        missing = [index for index in self.blocks if index not in plan.decided()]
+        if missing:
+            weights = WeightChooser(self.recipe, list)
+
+            def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
+                self._decide(plan, weights, index, block, statistics)
+
+            self._visit_dense(needs, missing, visit)
 
     def _choose_on_the_way(
         self, plan: Plan, from_inputs: frozenset[type[Statistic]], from_gradients: frozenset[type[Statistic]]
     ) -> None:
+        """Block by block, each on what the pruned blocks before it give."""
+        missing = [index for index in self.blocks if index not in plan.decided()]
+        if not missing:
+            return
         gradients = self._gradients(from_gradients) if from_gradients else None
         weights = WeightChooser(self.recipe, list)
 
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor]:
             if gradients is not None:
-                add_states(statistics, gradients.get(index), from_gradients)
-            scores = self._scores(index, block, statistics)
-            decision = self._masked(weights, index, self.chooser.choose_in(index, scores), scores)
-            plan.add(index, decision)
+                add_states(statistics, whole(gradients.get(index)), from_gradients)
+            decision = self._decide(plan, weights, index, block, statistics)
             return decision.in_dense_shapes(block.state_dict())
 
-        self._sweep().pruned(from_inputs, self.blocks, visit)
+        self._sweep().pruned(from_inputs, self.blocks, visit, done=min(missing))
+
+    def _decide(
+        self, plan: Plan, weights: WeightChooser, index: int, block: nn.Module, statistics: BlockStatistics
+    ) -> BlockDecision:
+        """Choose in one block by its own scores, and put it into the plan."""
+        scorer = self._scorer(index, block, statistics)
+        units = scorer.of_units(self.chooser.groups(index)) if self.recipe.cut_kinds else {}
+        own = (name for place, name in enumerate(scorer.matrices) if self.workplace.workers.mine(place))
+        scores = _letting_go(scorer.of_weights(own), statistics) if self.recipe.masks_weights else ()
+        decision = self._masked(weights, index, self.chooser.choose_in(index, units), scores)
+        self._share_masks(decision, index, list(scorer.matrices))
+        plan.add(index, decision)
+        return decision
+
+    def _share_masks(self, decision: BlockDecision, index: int, names: list[str]) -> None:
+        """Each worker has chosen in some of the matrices; all get all masks."""
+        workers = self.workplace.workers
+        if workers.size == 1 or not self.recipe.masks_weights:
+            return
+        tensors = self.checkpoint.skeleton.blocks[index].state_dict()
+        own, whole_masks = dict(decision.masks), {}
+        for place, name in enumerate(names):
+            rows, columns = decision.survivors(name, tensors)
+            if len(rows):
+                bits = torch.zeros(len(rows), len(columns), dtype=torch.uint8)
+                if name in own:
+                    bits.copy_(own[name])
+                workers.hand_round(bits, place % workers.size)
+                whole_masks[name] = bits.bool().to(tensors[decision.matrices[name].parameter].device)
+        decision.masks.clear()
+        decision.masks.update(whole_masks)
 
     def _masked(
-        self, weights: WeightChooser, index: int, removals: Removals, scores: Mapping[str, torch.Tensor]
+        self,
+        weights: WeightChooser,
+        index: int,
+        removals: Removals,
+        scores: Iterable[tuple[str, torch.Tensor]],
     ) -> BlockDecision:
         """The decision for one block: ``removals``, and masks over what they leave."""
         skeleton = self.checkpoint.skeleton
         decision = BlockDecision(removals, matrices=skeleton.prunable(index) if self.recipe.masks_weights else {})
         tensors = skeleton.blocks[index].state_dict()
-        weights.mask(decision, weight_scores(scores), tensors, skeleton.block_prefix(index))
+        weights.mask(decision, scores, tensors, skeleton.block_prefix(index))
         return decision
 
     def _gradients(self, kinds: frozenset[type[Statistic]]) -> BlockStore:
-        """Gradient statistics of the dense model on disk; those of an earlier run are used again."""
+        """Gradient statistics of the dense model on disk, in 16 bits; those of an earlier run are used again."""
         store = self._store("gradients", kinds)
-        missing = store.missing(self.blocks)
+        missing = self.workplace.workers.first(store.missing(self.blocks))
         if missing:
 
             def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
-                store.put(index, as_states(statistics))
+                if self.workplace.workers.leads:
+                    store.put(index, halved(as_states(statistics)))
 
-            self._sweep().dense(kinds, range(min(missing), max(missing) + 1), visit)
+            self._visit_dense(kinds, missing, visit)
+            self.workplace.workers.wait()
         else:
             log.info("Using the gradients kept from an earlier run.")
         return store
 
-    def _scores(self, index: int, block: nn.Module, statistics: BlockStatistics) -> dict[str, torch.Tensor]:
-        skeleton = self.checkpoint.skeleton
-        return block_scores(skeleton, index, block, statistics, self.recipe, self.chooser.groups(index))
+    def _scorer(self, index: int, block: nn.Module, statistics: BlockStatistics) -> BlockScorer:
+        return BlockScorer(self.checkpoint.skeleton, index, block, statistics, self.recipe)
 
     # -- places
 
     def _sweep(self) -> Sweep:
-        settings = SweepSettings(self.recipe.micro_batch, self.recipe.memory_bytes, self.workplace.scratch)
+        place = self.workplace
+        settings = SweepSettings(
+            self.recipe.micro_batch, self.recipe.memory_bytes, place.scratch, place.placement, place.workers
+        )
         return Sweep(self.checkpoint, self.windows.ids_NT, settings)
 
     def _store(self, kind: str, needs: frozenset[type[Statistic]]) -> BlockStore:
@@ -248,6 +338,8 @@ class Planner:
             "windows": self.windows.sha256 if needs else None,
             "micro_batch": recipe.micro_batch,
             "threads": torch.get_num_threads(),
+            "workers": self.workplace.workers.size,
+            "device": str(self.workplace.placement),
             "versions": [secateur.__version__, torch.__version__, transformers.__version__],
         }
         if kind == "gradients":
@@ -257,6 +349,15 @@ class Planner:
             key |= {"units": list(recipe.cut_kinds), "reduce": recipe.reduce}
         root = self.workplace.cache if self.workplace.cache is not None and needs else self.workplace.scratch
         return BlockStore(root, kind, key)
+
+
+def _letting_go(
+    scores: Iterable[tuple[str, torch.Tensor]], statistics: BlockStatistics
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """``scores`` one by one; a matrix's statistics go as soon as its score is there."""
+    for name, score in scores:
+        statistics.pop(name, None)
+        yield name, score
 
 
 def removes_nothing(recipe: Recipe) -> RecipeError:

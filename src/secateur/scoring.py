@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
-from secateur.checkpoint.matrices import in_own_layout
+from secateur.checkpoint.matrices import BlockMatrices, in_own_layout
 from secateur.checkpoint.skeleton import Skeleton
 from secateur.criteria.base import Criterion, Matrix
 from secateur.criteria.units import unit_scores
@@ -30,70 +29,98 @@ def weight_scores(scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return {name.removeprefix(WEIGHTS): score for name, score in sorted(scores.items()) if name.startswith(WEIGHTS)}
 
 
-def block_scores(
-    skeleton: Skeleton,
-    index: int,
-    block: nn.Module,
-    statistics: BlockStatistics,
-    recipe: Recipe,
-    groups: Sequence[UnitGroup],
-) -> dict[str, torch.Tensor]:
-    """Everything that choosing in this block needs.
+class BlockScorer:
+    """What one block's weights and units are worth, each matrix's score made when it is asked for.
+
+    A score is as large as its matrix in float32, so at most one or two exist at once.
 
     Args:
-        block: with its weights in memory.
-        groups: the units to score.
+        block: with its weights in memory; statistics are brought to where they are.
 
     Raises:
         RecipeError: a score is not finite, or units hold nothing that has one.
     """
-    criterion = recipe.parsed_criterion()
-    scores: dict[str, torch.Tensor] = {}
-    matrices, parameters = skeleton.prunable(index), dict(block.named_parameters())
-    seen = {
-        name: Matrix(
-            skeleton.block_prefix(index) + name, kept.of(parameters).detach(), statistics.get(name, {}), recipe.seed
-        )
-        for name, kept in matrices.items()
-    }
-    if recipe.masks_weights:
-        for name, matrix in seen.items():
-            scores[WEIGHTS + name] = criterion.weight_score_OI(matrix)
-    if recipe.cut_kinds:
-        contributions = in_own_layout(matrices, {name: criterion.score_OI(matrix) for name, matrix in seen.items()})
-        for group in groups:
-            scores[unit_key(group)] = _of_group(group, contributions, criterion, recipe.reduce)
-        if "block" in recipe.cut_kinds:
-            scores["block"] = _of_block(contributions, criterion)
-    for name, score in scores.items():
+
+    def __init__(
+        self, skeleton: Skeleton, index: int, block: nn.Module, statistics: BlockStatistics, recipe: Recipe
+    ) -> None:
+        self.matrices, self._index, self._recipe = skeleton.prunable(index), index, recipe
+        self._criterion, self._statistics = recipe.parsed_criterion(), statistics
+        self._parameters, self._prefix = dict(block.named_parameters()), skeleton.block_prefix(index)
+
+    def of_weights(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The scores ``(O, I)`` of single weights, matrix by matrix: all, or those of ``names``."""
+        for name in self.matrices if names is None else names:
+            yield name, self._checked(name, self._criterion.weight_score_OI(self._matrix(name)))
+
+    def of_units(self, groups: Sequence[UnitGroup]) -> dict[str, torch.Tensor]:
+        """The scores ``(U,)`` of each group's units, and of the block as a whole where blocks may leave."""
+        contributions = _Contributions(self.matrices, lambda name: self._criterion.score_OI(self._matrix(name)))
+        scores = {
+            unit_key(group): _of_group(group, contributions, self._criterion, self._recipe.reduce) for group in groups
+        }
+        if "block" in self._recipe.cut_kinds:
+            scores["block"] = _of_block(contributions, self._criterion)
+        return {name: self._checked(name, score.cpu()) for name, score in scores.items()}
+
+    def everything(self, groups: Sequence[UnitGroup]) -> dict[str, torch.Tensor]:
+        """All that choosing in this block may need, to be kept."""
+        units = self.of_units(groups) if self._recipe.cut_kinds else {}
+        weights = self.of_weights() if self._recipe.masks_weights else ()
+        return {WEIGHTS + name: score.cpu() for name, score in weights} | units
+
+    def _matrix(self, name: str) -> Matrix:
+        weight_OI = self.matrices[name].of(self._parameters).detach()
+        gathered = {kind: found.to(weight_OI.device) for kind, found in self._statistics.get(name, {}).items()}
+        return Matrix(self._prefix + name, weight_OI, gathered, self._recipe.seed)
+
+    def _checked(self, name: str, score: torch.Tensor) -> torch.Tensor:
         if not torch.isfinite(score).all():
             raise RecipeError(
-                f"{criterion} gives scores that are not finite in block {index} ({name}); choose smaller options"
+                f"{self._criterion} gives scores that are not finite in block {self._index} ({name}); choose smaller options"
             )
-    return scores
+        return score
+
+
+class _Contributions(Mapping[str, torch.Tensor]):
+    """By parameter, in its own layout, what its weights contribute: made when asked for, and only the last one kept."""
+
+    def __init__(self, matrices: BlockMatrices, score: Callable[[str], torch.Tensor]) -> None:
+        self._matrices, self._score = matrices, score
+        self._names = dict.fromkeys(matrix.parameter for matrix in matrices.values())
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def __getitem__(self, parameter: str) -> torch.Tensor:
+        if parameter not in self._names:
+            raise KeyError(parameter)
+        if self._last is None or self._last[0] != parameter:
+            self._last = None
+            own = {name: matrix for name, matrix in self._matrices.items() if matrix.parameter == parameter}
+            self._last = parameter, in_own_layout(own, {name: self._score(name) for name in own})[parameter]
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, parameter: object) -> bool:
+        return parameter in self._names
 
 
 def _of_group(
     group: UnitGroup, contributions: Mapping[str, torch.Tensor], criterion: Criterion, reduce: str
 ) -> torch.Tensor:
-    """Scores of a group's units; of packed matrices (experts) every slice along the unit's dimension is a row."""
-    flat: dict[str, torch.Tensor] = {}
-    members = []
-    for member in group.members:
-        contribution = contributions.get(member.parameter)
-        if contribution is not None and contribution.dim() > 2:
-            name = f"{member.parameter}@{member.dim}"
-            flat[name] = contribution.movedim(member.dim, 0).flatten(1)
-            member = replace(member, parameter=name, dim=0)
-        members.append(member)
-    if not any(member.parameter in contributions or member.parameter in flat for member in members):
+    """Scores of a group's units."""
+    if not any(member.parameter in contributions for member in group.members):
         raise RecipeError(
             f"the '{group.kind}' units in {group.module} hold no matrix, so there is nothing to score them by"
         )
-    return unit_scores(replace(group, members=tuple(members)), {**contributions, **flat}, criterion, reduce)
+    return unit_scores(group, contributions, criterion, reduce)
 
 
 def _of_block(contributions: Mapping[str, torch.Tensor], criterion: Criterion) -> torch.Tensor:
     """A block is worth what its matrices contribute, ``()`` float64."""
-    rows = [criterion.channel_score(part.double().flatten(1), 0).sum() for part in contributions.values()]
+    rows = [criterion.channel_score(part.flatten(1), 0).sum() for part in contributions.values()]
     return torch.stack(rows).sum()

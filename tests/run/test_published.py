@@ -146,7 +146,9 @@ def test_dense_scores_and_gradients_are_used_again(llama_folder, windows_file, t
     sweeps = []
     for name in ("dense", "pruned"):
         original = getattr(Sweep, name)
-        monkeypatch.setattr(Sweep, name, lambda self, *a, n=name, o=original: (sweeps.append(n), o(self, *a))[1])
+        monkeypatch.setattr(
+            Sweep, name, lambda self, *a, n=name, o=original, **k: (sweeps.append(n), o(self, *a, **k))[1]
+        )
     fields = dict(unit="weight", calibration=str(windows_file))
     secateur.plan(str(llama_folder), criterion="taylor", ratio=0.3, **fields)
     other = secateur.plan(str(llama_folder), criterion="taylor", ratio=0.6, **fields)

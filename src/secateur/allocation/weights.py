@@ -11,8 +11,8 @@ from secateur.recipe import Recipe
 from secateur.removal.decision import BlockDecision
 from secateur.removal.masks import layer_mask, n_of_m_mask, row_mask, threshold_mask
 
-Scores = Mapping[str, torch.Tensor]
-"""Of one block's matrices, by name."""
+Scores = Iterable[tuple[str, torch.Tensor]]
+"""Of one block's matrices, with their names; each may be made when it is asked for."""
 
 
 class WeightChooser:
@@ -36,7 +36,7 @@ class WeightChooser:
             tensors: the block's, for their shapes.
             prefix: stands before the block's names in messages.
         """
-        for name, score_OI in scores.items():
+        for name, score_OI in scores:
             rows, columns = decision.survivors(name, tensors)
             if len(rows):  # else the expert leaves as a whole
                 decision.masks[name] = self._mask(score_OI[rows][:, columns], prefix + name)

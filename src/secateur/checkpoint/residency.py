@@ -23,7 +23,7 @@ def resident_block(
 
     Args:
         placement: where it computes, and in which numbers.
-        ahead: the block that will be wanted next; it is read meanwhile.
+        ahead: the block that will be wanted next, if there is one; it is read meanwhile.
     """
     block = checkpoint.skeleton.blocks[index]
     stored = checkpoint.block_tensors(index)
@@ -31,7 +31,7 @@ def resident_block(
     block.load_state_dict(numbers, assign=True)
     del numbers
     block.requires_grad_(False)
-    if ahead is not None:
+    if ahead is not None and 0 <= ahead < len(checkpoint.skeleton.blocks):
         checkpoint.read_ahead(ahead)
     try:
         yield block

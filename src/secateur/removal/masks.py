@@ -64,7 +64,7 @@ def _without_lowest(score_RI: torch.Tensor, leaving: int) -> torch.Tensor:
 
 def pack(mask_OI: torch.Tensor) -> torch.Tensor:
     """A mask as bits, ``(ceil(O * I / 8),)`` uint8."""
-    return torch.from_numpy(np.packbits(mask_OI.reshape(-1).numpy()))
+    return torch.from_numpy(np.packbits(mask_OI.cpu().reshape(-1).numpy()))
 
 
 def unpack(bits: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

@@ -2,6 +2,6 @@
 
 from secateur.statistics import BlockStatistics
 from secateur.sweep.sweep import Sweep, require_causal
-from secateur.sweep.walk import SweepSettings
+from secateur.sweep.walk import SweepSettings, Visit
 
-__all__ = ["BlockStatistics", "Sweep", "SweepSettings", "require_causal"]
+__all__ = ["BlockStatistics", "Sweep", "SweepSettings", "Visit", "require_causal"]

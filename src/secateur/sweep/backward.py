@@ -191,7 +191,7 @@ class BackwardWalk(Walk):
                         self.merge(statistics)
                         self._add_inputs(statistics, states, index, from_inputs)
                         visit(index, block, statistics)
-                        statistics.clear()
+                    del statistics  # as large as the block's weights
                 self.commit(gradients, index)
                 gradients.drop_behind(index, forward=False)
                 safe = min(gradients.committed(), default=count)

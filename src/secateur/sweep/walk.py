@@ -101,8 +101,7 @@ class Walk:
 
     def block(self, index: int, ahead: int) -> AbstractContextManager[nn.Module]:
         """Block ``index`` with its weights on the device; block ``ahead``, if there is one, is read meanwhile."""
-        inside = 0 <= ahead < len(self.checkpoint.skeleton.blocks)
-        return resident_block(self.checkpoint, index, self.placement, ahead if inside else None)
+        return resident_block(self.checkpoint, index, self.placement, ahead)
 
     def stream(self, store: BoundaryStore, boundary: int, keep: bool = False) -> Iterator[tuple[int, torch.Tensor]]:
         """The micro-batches of a boundary in order, on the device."""
@@ -185,7 +184,7 @@ class ForwardWalk(Walk):
             return
         self.merge(statistics)
         replaced = visit(index, block, statistics)
-        statistics.clear()
+        del statistics, taps  # as large as the block's weights may be
         if again:
             if replaced:
                 block.load_state_dict(dict(replaced), strict=False, assign=True)
