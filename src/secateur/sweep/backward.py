@@ -59,7 +59,10 @@ class BackwardWalk(Walk):
             top = min((b for b in self.common(gradients) if b >= blocks.stop), default=None)
             gradients.drop(lambda boundary: boundary != top)
             start = self._start(inputs, blocks)
-            calls = self.enter(inputs if start == 0 and 0 not in inputs.committed() else None)
+            entering = start == 0 and 0 not in inputs.committed()
+            calls = self.enter(inputs if entering else None)
+            if entering:
+                self.commit(inputs, 0)
             kept: dict[tuple[int, int], Kept] = {}
             fresh_start = top is None and start == 0
             keep_from = self._keep_from(calls, inputs, blocks.start) if fresh_start else count
@@ -76,9 +79,11 @@ class BackwardWalk(Walk):
     def _start(self, inputs: BoundaryStore, blocks: range) -> int:
         """Where the forward walk has to begin: after the inputs that an earlier process has made safe."""
         common = self.common(inputs)
-        start = blocks.start if blocks.start in common else 0
-        while start + 1 in common:
-            start += 1
+        start = 0
+        if blocks.start in common:
+            start = blocks.start
+            while start + 1 in common:
+                start += 1
         inputs.drop(lambda boundary: boundary not in common or not blocks.start <= boundary <= start)
         return start
 
