@@ -33,6 +33,7 @@ def prune(
     evaluate_on: str | None = None,
     overwrite: bool = False,
     push_to_hub: str | None = None,
+    other_workers: bool = False,
     **fields: Any,
 ) -> Result:
     """Prune ``model`` into the folder ``out``.
@@ -41,16 +42,18 @@ def prune(
         model: folder, GGUF file, hub id or ``smollm2``.
         recipe: a YAML file with the same fields; ``fields`` win.
         evaluate_on: text to measure perplexity on, before and after.
+        other_workers: go on with an interrupted run although it was begun with another number of workers.
         fields: any field of ``secateur.recipe.Recipe``: ``criterion``, ``unit``, ``ratio``, ``calibration``, ...
 
     Raises:
-        secateur.errors.SecateurError: anything the caller can mend, in one sentence; nothing is left behind.
+        secateur.errors.SecateurError: anything the caller can mend, in one sentence; nothing is left behind, except by too
+            little memory or disk: then the same call goes on from what was finished.
     """
     from secateur import run
     from secateur.recipe import recipe_from
 
     chosen = recipe_from(_path(recipe), model=str(model), **fields)
-    return run.prune(chosen, Path(out), overwrite, evaluate_on, push_to_hub)
+    return run.prune(chosen, Path(out), overwrite, evaluate_on, push_to_hub, other_workers)
 
 
 def plan(

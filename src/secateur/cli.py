@@ -87,6 +87,14 @@ def prune(
         ),
     ] = None,
     overwrite: OverwriteOption = False,
+    other_workers: Annotated[
+        bool,
+        typer.Option(
+            "--other-workers",
+            help="Go on with an interrupted run although it was begun with another number of workers; sums may then differ in "
+            "their last bits.",
+        ),
+    ] = False,
     push_to_hub: PushOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
@@ -100,7 +108,7 @@ def prune(
     from secateur import run
     from secateur.report.tables import run_table
 
-    result = run.prune(recipe, out, overwrite, evaluate_on, push_to_hub)
+    result = run.prune(recipe, out, overwrite, evaluate_on, push_to_hub, other_workers)
     if as_json:
         _print_json({"out": str(result.folder), "already_complete": result.complete_before, **result.record})
     else:

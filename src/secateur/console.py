@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from secateur.files import human_bytes, human_count, human_seconds
+from secateur.memory import memory_now, memory_peak
+from secateur.runlog import event, log, say
 
 T = TypeVar("T")
 
-log = logging.getLogger("secateur")
 stderr = Console(stderr=True)
+
+PLAIN_EVERY = 30.0
+"""Seconds between two plain lines about the same piece of work."""
 
 
 class _ConsoleHandler(logging.Handler):
@@ -47,21 +53,6 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
 
 
-@contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Also write the log to ``path`` while the context lasts."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    if log.level == logging.NOTSET:
-        log.setLevel(logging.INFO)
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        handler.close()
-
-
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield ``items`` under a progress bar on stderr (drawn on terminals only)."""
     if total is None and isinstance(items, Sized):
@@ -73,30 +64,110 @@ def track(items: Iterable[T], description: str, total: int | None = None) -> Ite
 
 
 @contextmanager
-def progress(description: str, total: int | None, tokens: int | None = None) -> Iterator[Advance]:
-    """A progress bar on stderr; call the yielded object once per finished piece."""
+def progress(
+    description: str, total: int | None, unit: str = "step", tokens: int = 0, done: int = 0
+) -> Iterator[Advance]:
+    """A progress bar on stderr; call the yielded object once per finished piece.
+
+    Where stderr is not a terminal a plain line appears every half minute instead, so that a log shows life; the run
+    folder's log has it either way.
+
+    Args:
+        unit: what is counted. Of a ``block`` the log says seconds and memory, and people see windows, tokens a second and
+            memory too.
+        tokens: how many tokens go through each block, for tokens a second.
+        done: pieces that an earlier attempt has finished.
+    """
     bar = Progress(
         TextColumn("{task.description:<34}"),
         BarColumn(bar_width=28),
-        MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[state]}"),
         console=stderr,
         transient=True,
         disable=not stderr.is_terminal,
     )
+    event("part started", part=description, total=total, done=done)
     with bar:
-        task = bar.add_task(description, total=total, note="")
-        yield Advance(bar, task)
+        advance = Advance(bar, description, total, unit, tokens, done)
+        yield advance
+    event("part finished", part=description, total=total, done=advance.done)
 
 
 class Advance:
-    """Moves one progress bar on; ``note`` shows a few words (a loss, a name) beside it."""
+    """Moves one progress bar on and says where it is; see ``progress``.
 
-    def __init__(self, bar: Progress, task: object) -> None:
-        self._bar, self._task = bar, task
+    Attributes:
+        done: pieces finished, those of an earlier attempt included.
+    """
+
+    def __init__(self, bar: Progress, description: str, total: int | None, unit: str, tokens: int, done: int) -> None:
+        self.done = done
+        self._bar, self._description, self._total, self._unit, self._tokens = bar, description, total, unit, tokens
+        self._first, self._part, self._note = done, "", ""
+        self._share = 0.0
+        self._started = self._piece_started = self._said = time.monotonic()
+        self._task = bar.add_task(description, total=total, completed=done, state="")
+        self._show()
 
     def __call__(self, steps: int = 1, note: str | None = None) -> None:
-        fields = {} if note is None else {"note": note}
-        self._bar.update(self._task, advance=steps, **fields)  # type: ignore[arg-type]
+        """``steps`` more pieces are finished; ``note`` is a few words (a loss, a name) beside the bar."""
+        self.done += steps
+        self._part, self._share = "", 0.0
+        self._note = self._note if note is None else note
+        if self._unit == "block":
+            seconds = time.monotonic() - self._piece_started
+            event("block finished", part=self._description, finished=self.done, of=self._total,
+                  seconds=round(seconds, 3), tokens=self._tokens, memory=memory_now(), peak=memory_peak())  # fmt: skip
+        self._piece_started = time.monotonic()
+        self._show()
+
+    def within(self, finished: int, of: int, things: str = "windows") -> None:
+        """So many windows of the present piece are through."""
+        self._part, self._share = f"{finished} of {of} {things}", finished / of
+        self._show()
+
+    def _show(self) -> None:
+        self._bar.update(self._task, completed=self.done, state=" · ".join(self.words()))
+        if time.monotonic() - self._said >= PLAIN_EVERY:
+            self._said = time.monotonic()
+            self._say(f"{self._description}: {', '.join(self.words())}")
+
+    def _say(self, line: str) -> None:
+        fields = dict(
+            part=self._description, finished=self.done, of=self._total, memory=memory_now(), peak=memory_peak()
+        )
+        if stderr.is_terminal:
+            event("progress", line=line, **fields)  # the bar says it already
+        else:
+            say(line, "progress", **fields)
+
+    def words(self) -> list[str]:
+        """Where it stands, in a few words each."""
+        words = [self._place(), self._part, self._speed(), self._time_left()]
+        if self._unit == "block":
+            words.append(f"{human_bytes(memory_now())} now, {human_bytes(memory_peak())} at most")
+        return [word for word in [*words, self._note] if word]
+
+    def _place(self) -> str:
+        if self._unit == "block":
+            at = self.done + 1 if self._total is None else min(self.done + 1, self._total)
+            return f"block {at} of {self._total or '?'}"
+        return f"{self.done} of {self._total}" if self._total is not None else str(self.done)
+
+    def _pieces(self) -> float:
+        """What this attempt has done, the windows of the present piece counted in."""
+        return self.done - self._first + self._share
+
+    def _speed(self) -> str:
+        """Tokens that have gone all the way, a second: as for a plain forward, whatever number of blocks it has."""
+        seconds = time.monotonic() - self._started
+        if not self._tokens or not self._total or not self._pieces() or seconds <= 0:
+            return ""
+        return f"{human_count(self._tokens * self._pieces() / self._total / seconds)} tokens/s"
+
+    def _time_left(self) -> str:
+        if self._total is None or not self._pieces():
+            return ""
+        pieces = self._total - self.done - self._share
+        return f"{human_seconds((time.monotonic() - self._started) / self._pieces() * pieces)} left"

@@ -55,20 +55,43 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a loss of power, where the system can say so."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def write_json(path: Path, content: Any, durable: bool = False) -> None:
+    """Write ``content`` as stable, readable JSON (keys as given, one trailing newline), atomically.
 
-
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as stable, readable JSON (keys as given, one trailing newline), atomically."""
+    ``durable``: it is on the disk when this returns, so that it outlives a loss of power.
+    """
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if durable:
+            sync(temporary)
+    if durable:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Wait until everything in ``folder`` is on the disk."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            sync(Path(place) / name)
+        sync(Path(place))
+
+
+def remove_temporaries(folder: Path, name: str = "*") -> None:
+    """Remove what ``atomic_file`` leaves of ``name`` in ``folder`` when its process is killed."""
+    for file in folder.glob(f".{name}.????????"):
+        if file.is_dir():
+            shutil.rmtree(file, ignore_errors=True)
+        else:
+            file.unlink(missing_ok=True)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -113,6 +136,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError
+
+
+def human_seconds(seconds: float) -> str:
+    """``250 -> '4 min'``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def human_count(count: float) -> str:

@@ -25,8 +25,9 @@ from secateur.plans import MASKS_FILE, PLAN_FILE, load_plan
 from secateur.realise import MODELLING_FILE, check_inputs
 from secateur.report.card import recovered_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
+from secateur.resuming import Start, present_settings
 from secateur.run import Result, already_complete, finished, timed_run
-from secateur.runfolder import absolute, check_apart, is_complete
+from secateur.runfolder import absolute, check_apart, finished_before
 
 if TYPE_CHECKING:
     from secateur.recovery import LoraSettings
@@ -65,9 +66,12 @@ def recover_folder(
         "data": [data, fingerprint(data), windows, window_length],
         "settings": settings.model_dump(mode="json"),
     }
-    if not overwrite and is_complete(out, identity):
+    # Training is not resumed: what an interrupted attempt left is of no use.
+    start = Start(identity, present_settings(settings.micro_batch), overwrite, goes_on=False)
+    if finished_before(out, start, overwrite):
         return already_complete(out, push_to_hub)
-    with timed_run(out, overwrite, identity) as (partial, record):
+    with timed_run(out, overwrite, start) as (work, record):
+        partial = work.folder
         text = _training_windows(checkpoint, data, windows, window_length, settings.seed)
         masks = sparse_masks(checkpoint)
         if masks:

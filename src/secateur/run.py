@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ import secateur
 from secateur.calibration import fingerprint, text_windows
 from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD
-from secateur.checkpoint.reader import open_checkpoint
-from secateur.console import log
+from secateur.checkpoint.reader import Checkpoint, open_checkpoint
+from secateur.console import event, log
 from secateur.errors import OutputError, PlanError, SecateurError, reason_of
-from secateur.files import cache_folder, full_disk_is_an_error, write_json
+from secateur.files import cache_folder, full_disk_is_an_error, remove_temporaries, sync_tree, write_json
 from secateur.planning import Workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
@@ -27,7 +27,20 @@ from secateur.recipe import Recipe
 from secateur.report.card import pruned_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
 from secateur.report.words import asked, notes_in_words, reached
-from secateur.runfolder import RUN_FILE, absolute, check_apart, check_free, is_complete, run_folder
+from secateur.resuming import Start, present_settings, read_start, source_digest
+from secateur.runfolder import (
+    RUN_FILE,
+    Work,
+    absolute,
+    cached_work,
+    check_apart,
+    check_free,
+    finished_before,
+    run_folder,
+    trim_unfinished,
+    unfinished_place,
+)
+from secateur.runlog import EVENT_LOG, attempts, read_events, stage_seconds
 from secateur.stepping import make_decision
 
 
@@ -52,56 +65,75 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
     Args:
         out: a ``.json`` file, or a folder that will hold ``plan.json``; None saves nothing.
     """
-    started = time.monotonic()
+    began = time.monotonic()
     checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
+    start = Start(_identity("plan", recipe, checkpoint, out=str(out)), present_settings(recipe.micro_batch))
+    place = unfinished_place(cache_folder(), start)
     made = _same_plan(out, recipe, checkpoint.content_hash) if out is not None and not overwrite else None
     if made is not None:
+        trim_unfinished(place.parent, place)  # where it was killed after its last file
         log.info("%s holds this very plan already.", out)
         return made, Result(
             out, _plan_record(made, Realisation(checkpoint, made)) | {"plan": str(out)}, complete_before=True
         )
-    file = _plan_file(out, overwrite)
-    root = cache_folder()  # not the system's folder for temporary files, which may be memory
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="plan-", dir=root) as scratch, full_disk_is_an_error(Path(scratch)):
-        plan, structure = make_decision(checkpoint, recipe, Workplace(Path(scratch), root))
-    realisation = Realisation(checkpoint, plan, structure)
-    realisation.announce()
-    before, after = realisation.sizes()
-    record = _plan_record(plan, realisation) | {"seconds": round(time.monotonic() - started, 2)}
-    log.info("Would go from %s.", describe_sizes(before, after))
-    if file is not None:
-        with full_disk_is_an_error(file.parent):
-            plan.save(file)
-        record["plan"] = str(file)
-        log.info("The plan is in %s; carry it out with: secateur apply %s --out DIR", file, file)
+    file = _plan_file(out, overwrite, goes_on=read_start(place) is not None)
+    with cached_work(place, start) as work:
+        plan, structure = make_decision(checkpoint, recipe, Workplace(work.scratch, cache_folder()))
+        realisation = Realisation(checkpoint, plan, structure)
+        realisation.announce()
+        before, after = realisation.sizes()
+        record = _plan_record(plan, realisation) | {"seconds": round(time.monotonic() - began, 2)}
+        log.info("Would go from %s.", describe_sizes(before, after))
+        if file is not None:
+            with full_disk_is_an_error(file.parent):
+                plan.save(file)
+            record["plan"] = str(file)
+            log.info("The plan is in %s; carry it out with: secateur apply %s --out DIR", file, file)
     return plan, Result(file, record)
 
 
+def _identity(command: str, recipe: Recipe, checkpoint: Checkpoint, **more: Any) -> dict[str, Any]:
+    """What the result depends on. ``memory`` is left out: it decides what goes to disk, and changes no bit."""
+    return {
+        "command": command,
+        "version": secateur.__version__,
+        "code": source_digest(),
+        "recipe": recipe.model_dump(mode="json", exclude={"memory"}),
+        "model": checkpoint.content_hash,
+        "calibration": fingerprint(recipe.calibration) if recipe.parsed_criterion().needs() else None,
+        **more,
+    }
+
+
 def prune(
-    recipe: Recipe, out: Path, overwrite: bool = False, evaluate_on: str | None = None, push_to_hub: str | None = None
+    recipe: Recipe,
+    out: Path,
+    overwrite: bool = False,
+    evaluate_on: str | None = None,
+    push_to_hub: str | None = None,
+    other_workers: bool = False,
 ) -> Result:
-    """Plan, carry out, check in a fresh process, count what was written, and describe it."""
+    """Plan, carry out, check in a fresh process, count what was written, and describe it.
+
+    A run that died goes on in ``OUT.partial`` when the same is asked for again.
+
+    Args:
+        other_workers: go on although the run was begun with another number of workers.
+    """
     out = absolute(out)
     checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
     check_apart(out, checkpoint.folder, recipe.calibration, evaluate_on)
     if evaluate_on is not None:
         text_windows(evaluate_on, checkpoint.folder, max_windows=1)  # refused now, not after all the work
-    identity = {
-        "command": "prune",
-        "version": secateur.__version__,
-        "recipe": recipe.model_dump(mode="json"),
-        "model": checkpoint.content_hash,
-        "calibration": fingerprint(recipe.calibration) if recipe.parsed_criterion().needs() else None,
-        "evaluate_on": [evaluate_on, fingerprint(evaluate_on)] if evaluate_on else None,
-    }
-    if not overwrite and is_complete(out, identity):
+    evaluated = [evaluate_on, fingerprint(evaluate_on)] if evaluate_on else None
+    identity = _identity("prune", recipe, checkpoint, evaluate_on=evaluated)
+    start = Start(identity, present_settings(recipe.micro_batch), overwrite, other_workers=other_workers)
+    if finished_before(out, start, overwrite):
         return already_complete(out, push_to_hub)
-    check_free(out, overwrite)
-    with timed_run(out, overwrite, identity) as (partial, record):
-        with _stage(record, "choosing"):
-            plan, structure = make_decision(checkpoint, recipe, Workplace(partial / "scratch", cache_folder()))
-        _carry_out(Realisation(checkpoint, plan, structure), partial, record, evaluate_on)
+    with timed_run(out, overwrite, start) as (work, record):
+        with stage("choosing"):
+            plan, structure = make_decision(checkpoint, recipe, Workplace(work.scratch, cache_folder()))
+        _carry_out(Realisation(checkpoint, plan, structure), work.folder, record, evaluate_on)
     return finished(out, record, push_to_hub)
 
 
@@ -132,48 +164,59 @@ def apply(
         realisation = Realisation(checkpoint, plan)
     except PlanError as error:
         raise PlanError(f"the plan at {plan_path} cannot be carried out: {error}") from error
+    content = json.dumps(plan.model_dump(mode="json"), sort_keys=True)
     identity = {
         "command": "apply",
         "version": secateur.__version__,
-        "plan": plan.model_dump(mode="json"),
+        "code": source_digest(),
+        "plan": hashlib.sha256(content.encode()).hexdigest(),
         "model": checkpoint.content_hash,
     }
-    if not overwrite and is_complete(out, identity):
+    start = Start(identity, present_settings(plan.recipe.micro_batch), overwrite)
+    if finished_before(out, start, overwrite):
         return already_complete(out, push_to_hub)
-    with timed_run(out, overwrite, identity) as (partial, record):
-        _carry_out(realisation, partial, record, None)
+    with timed_run(out, overwrite, start) as (work, record):
+        _carry_out(realisation, work.folder, record, None)
     return finished(out, record, push_to_hub)
 
 
 @contextmanager
-def timed_run(out: Path, overwrite: bool, identity: dict[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A run folder whose record is written last, just before it becomes ``out``."""
-    started = time.monotonic()
-    record: dict[str, Any] = {"identity": identity}
-    with run_folder(out, overwrite) as partial:
-        yield partial, record
-        record["seconds"] = round(time.monotonic() - started, 2)
-        shutil.rmtree(partial / "scratch", ignore_errors=True)
-        write_json(partial / RECORD / RUN_FILE, record)
+def timed_run(out: Path, overwrite: bool, start: Start) -> Iterator[tuple[Work, dict[str, Any]]]:
+    """A run folder whose record is written last, just before it becomes ``out``.
+
+    Of what a run writes only the record's ``seconds``, ``stages`` and ``attempts``, and the logs, tell one that was
+    interrupted from one that was not.
+    """
+    with run_folder(out, start, overwrite) as work:
+        record: dict[str, Any] = {"identity": start.identity, "settings": asdict(work.settings)}
+        yield work, record
+        events = read_events(work.record / EVENT_LOG)
+        record["attempts"] = attempts(events)
+        record["seconds"] = round(sum(attempt["seconds"] for attempt in record["attempts"]), 2)
+        record["stages"] = stage_seconds(events)
+        # Whole on the disk before the record says so; with the record there, only the renaming is left.
+        sync_tree(work.folder)
+        write_json(work.record / RUN_FILE, record, durable=True)
+        shutil.rmtree(work.scratch, ignore_errors=True)
 
 
 @contextmanager
-def _stage(record: dict[str, Any], name: str) -> Iterator[None]:
-    """Note how long a stage took."""
-    started = time.monotonic()
+def stage(name: str) -> Iterator[None]:
+    """Note in the run's log when a stage began and ended."""
+    event("stage started", stage=name)
     yield
-    record.setdefault("stages", {})[name] = round(time.monotonic() - started, 3)
+    event("stage finished", stage=name)
 
 
 def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], evaluate_on: str | None) -> None:
     plan, recipe = realisation.plan, realisation.plan.recipe
     realisation.announce()
-    with _stage(record, "writing"):
+    with stage("writing"):
         realisation.write(partial)
     plan.save(partial / RECORD / PLAN_FILE)
     (partial / RECORD / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     record |= _plan_record(plan, realisation)
-    with _stage(record, "checking"):
+    with stage("checking"):
         record["logits_difference"] = realisation.verify(partial)
     groups = realisation.structure.units or None
     blocks = recipe.block_range(len(realisation.cut.blocks))
@@ -228,16 +271,26 @@ def _same_plan(out: Path, recipe: Recipe, model_hash: str) -> Plan | None:
     return plan if same and text_is_fixed else None
 
 
-def _plan_file(out: Path | None, overwrite: bool) -> Path | None:
+def _plan_file(out: Path | None, overwrite: bool, goes_on: bool) -> Path | None:
+    """The file to write.
+
+    Raises:
+        OutputError: it is there already. Where the work ``goes_on`` its masks may be: a plan is saved after its masks.
+    """
     if out is None:
         return None
-    if out.suffix != ".json":
+    file = out if out.suffix == ".json" else out / PLAN_FILE
+    if goes_on:
+        for written in (file, masks_beside(file)):
+            remove_temporaries(file.parent, written.name)
+        overwrite = overwrite or not file.exists()
+    if file != out:
         check_free(out, overwrite)
-        return out / PLAN_FILE
-    for file in (out, masks_beside(out)):
-        if file.exists() and not overwrite:
-            raise OutputError(f"{file} is there already; give another --out, or --overwrite")
-    return out
+        return file
+    for written in (file, masks_beside(file)):
+        if written.exists() and not overwrite:
+            raise OutputError(f"{written} is there already; give another --out, or --overwrite")
+    return file
 
 
 def already_complete(out: Path, push: str | None) -> Result:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 from pathlib import Path
 
 from secateur.allocation.pools import Key
+from secateur.checkpoint.manifest import FILES, RECORD
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.console import log
+from secateur.errors import ModelError, PlanError
 from secateur.identities import model_identity
 from secateur.planning import Planner, Workplace, removes_nothing
-from secateur.plans import Plan
+from secateur.plans import PLAN_FILE, Plan, load_plan
 from secateur.realise import Realisation
 from secateur.recipe import Recipe
 from secateur.removal.composition import compose
 from secateur.removal.decision import BlockDecision, Removals, model_cut
+from secateur.resuming import DECISION
 from secateur.structure import Structure
 
 
@@ -24,8 +29,24 @@ def make_decision(checkpoint: Checkpoint, recipe: Recipe, workplace: Workplace) 
         RecipeError: the recipe asks for what the model does not have, or would remove nothing.
     """
     planner = Planner(checkpoint, recipe, workplace)
-    plan = planner.plan() if recipe.steps == 1 else _plan_in_steps(planner)
+    file = workplace.scratch / DECISION / PLAN_FILE
+    plan = kept_plan(file, recipe)
+    if plan is None:
+        plan = planner.plan() if recipe.steps == 1 else _plan_in_steps(planner)
+        plan.save(file)
+    else:
+        log.info("What leaves was decided before the run was interrupted.")
     return plan, planner.structure
+
+
+def kept_plan(file: Path, recipe: Recipe) -> Plan | None:
+    """The plan that an interrupted attempt at this very run left; None where there is none or it is damaged."""
+    try:
+        plan = load_plan(file)
+    except PlanError:
+        return None
+    plan.recipe = recipe  # which may allow another amount of memory now
+    return plan
 
 
 def _plan_in_steps(dense: Planner) -> Plan:
@@ -35,26 +56,35 @@ def _plan_in_steps(dense: Planner) -> Plan:
     count = len(checkpoint.skeleton.blocks)
     allowed = recipe.middle(count) if recipe.allocation == "two-tier" else dense.blocks
     needs = bool(dense.criterion.needs())
-    current, chosen, plan = checkpoint, dict[int, Removals](), None
+    chosen, plan = dict[int, Removals](), None
+    cut = checkpoint
     for step in range(1, steps + 1):
         blocks = model_cut(chosen, count).kept()
         part = goal.part(step, steps, blocks, _by_pool(chosen))
         if goal.leaving and not any(part.leaving.values()):
             continue
-        log.info("Round %d of %d.", step, steps)
         scratch = dense.workplace.scratch / f"round-{step}"
-        planner = Planner(
-            current,
-            _recipe_of_round(recipe, [new for new, old in enumerate(blocks) if old in allowed], step == steps),
-            Workplace(scratch, dense.workplace.cache),
-            part,
-            dense.windows if needs else None,
-        )
-        found = planner.plan()
-        chosen = compose(structure, chosen, found.everywhere(planner.structure, len(blocks)))
-        plan = _plan_of(checkpoint, recipe, chosen, found)
-        if step < steps:
-            current = _realised(Realisation(checkpoint, plan, structure), scratch / "model")
+        kept = kept_plan(scratch / PLAN_FILE, recipe)
+        if kept is not None:
+            log.info("Round %d of %d was finished before.", step, steps)
+            plan = kept
+        else:
+            log.info("Round %d of %d.", step, steps)
+            if plan is not None:
+                cut = _realised(Realisation(checkpoint, plan, structure), scratch / "model")
+            planner = Planner(
+                cut,
+                _recipe_of_round(recipe, [new for new, old in enumerate(blocks) if old in allowed], step == steps),
+                Workplace(scratch, dense.workplace.cache),
+                part,
+                dense.windows if needs else None,
+            )
+            found = planner.plan()
+            plan = _plan_of(
+                checkpoint, recipe, compose(structure, chosen, found.everywhere(planner.structure, len(blocks))), found
+            )
+            plan.save(scratch / PLAN_FILE)
+        chosen = _chosen_of(plan, structure, count)
     if plan is None or not plan.removes_anything():
         raise removes_nothing(recipe)
     plan.notes = dense.chooser.notes | plan.notes
@@ -86,8 +116,18 @@ def _plan_of(checkpoint: Checkpoint, recipe: Recipe, chosen: dict[int, Removals]
     return plan
 
 
+def _chosen_of(plan: Plan, structure: Structure, blocks: int) -> dict[int, Removals]:
+    everywhere = plan.everywhere(structure, blocks)
+    return {entry.block: everywhere[entry.block] for entry in plan.blocks}
+
+
 def _realised(realisation: Realisation, folder: Path) -> Checkpoint:
-    """The model as the rounds so far leave it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The model as the rounds so far leave it; one that an interrupted attempt has written whole is used again."""
+    remote = realisation.plan.recipe.trust_remote_code
+    if (folder / RECORD / FILES).is_file():  # written last
+        with contextlib.suppress(ModelError):
+            return open_checkpoint(str(folder), remote)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     realisation.write(folder)
-    return open_checkpoint(str(folder), realisation.plan.recipe.trust_remote_code)
+    return open_checkpoint(str(folder), remote)

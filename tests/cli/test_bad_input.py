@@ -259,7 +259,7 @@ def test_an_interrupted_run_leaves_partial_and_says_so(sent, llama_folder, windo
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_one_sentence_and_leaves_nothing(llama_folder, windows_file, tmp_path):
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on(llama_folder, windows_file, tmp_path):
     """A limit on file sizes stands in for the disk: the system refuses to write on in the middle of the weights."""
 
     def limit() -> None:
@@ -270,7 +270,13 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(llama_folder, windows_fi
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
     assert "disk filled up" in err.strip().splitlines()[-1]
-    assert not list(tmp_path.glob("out*"))
+    assert "the same command goes on" in err.strip().splitlines()[-1]
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
+    process = start(llama_folder, tmp_path / "out", windows_file, env=environment)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Going on with" in err
+    assert [path.name for path in tmp_path.glob("out*")] == ["out"]
 
 
 @pytest.mark.slow
@@ -294,7 +300,8 @@ def test_a_disk_that_fills_up_in_cache_or_spill(words, save, windows_file, tmp_p
     assert process.returncode == 2, process.stderr
     assert "disk filled up" in process.stderr.strip().splitlines()[-1]
     assert "Traceback" not in process.stderr
-    assert not list(tmp_path.glob("out*"))
+    assert "Logging error" not in process.stderr
+    assert [path.name for path in tmp_path.glob("out*")] == ["out.partial"]
 
 
 @pytest.mark.parametrize("out", ["model", "model/inside", "."])
@@ -337,21 +344,34 @@ def test_the_same_plan_again_is_already_there(command, llama_folder, tmp_path):
     assert "already" in second[2]
 
 
-def test_too_little_disk_is_seen_before_writing(command, llama_folder, windows_file, tmp_path, monkeypatch):
+def test_too_little_disk_is_seen_before_writing(
+    command, llama_folder, windows_file, tmp_path, monkeypatch, same_process
+):
     import collections
 
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    refused(command, tmp_path, "has 1000 B free", llama_folder, "--calibration", windows_file)
+    words = ["prune", llama_folder, "--out", tmp_path / "out", "--calibration", windows_file]
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+        code, _, err = command(*words)
+    assert code == 2
+    assert "has 1000 B free" in err.splitlines()[-1]
+    assert "the same command goes on from there" in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+    code, _, err = command(*words)
+    assert code == 0
+    assert "Going on with" in err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(command, llama_folder, windows_file, tmp_path):
-    from filelock import FileLock
+    from secateur.lock import FolderLock
 
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / ".unfinished").touch()
-    with FileLock(tmp_path / "out.partial" / ".lock"):
-        code, _, err = command("prune", llama_folder, "--out", tmp_path / "out", "--calibration", windows_file)
+    lock = FolderLock(tmp_path / "out.partial" / ".lock")
+    assert lock.acquire()
+    code, _, err = command("prune", llama_folder, "--out", tmp_path / "out", "--calibration", windows_file)
+    lock.release()
     assert code == 2
     assert "another run" in err
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from secateur.checkpoint.architecture import ModelInputs, loader_for, named_inputs
 from secateur.checkpoint.skeleton import load_config
-from secateur.errors import OutputError
+from secateur.errors import OutputError, ResourceError
 
 TOLERANCE = 1e-3
 """Largest difference allowed, as a share of the largest logit. A cut changes the order of float32 sums (about 1e-6);
@@ -46,6 +47,7 @@ def fresh_logits(folder: Path, inputs: torch.Tensor | ModelInputs, remote_code: 
 
     Raises:
         OutputError: the folder does not load.
+        ResourceError: there is not the memory to load it.
     """
     loader = loader_for(load_config(folder, remote_code)).__name__
     with tempfile.TemporaryDirectory() as scratch:
@@ -55,7 +57,14 @@ def fresh_logits(folder: Path, inputs: torch.Tensor | ModelInputs, remote_code: 
         command = [sys.executable, "-c", PLAIN_LOADER, str(folder.resolve()), loader, str(given), str(result), remote]
         # Remote code is imported through a cache of modules; a private one leaves the user's as it is.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
+        # As many threads as here: the difference that is recorded must not depend on which attempt measured it.
+        environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())
         finished = subprocess.run(command, cwd=scratch, env=environment, capture_output=True, text=True, check=False)
+        if finished.returncode == -signal.SIGKILL:
+            raise ResourceError(
+                "the system killed the process that loads the written model to check it, most likely for want of memory; "
+                "free some and run again"
+            )
         if finished.returncode != 0 or not result.is_file():
             last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise OutputError(f"the written model does not load in plain transformers ({last}); nothing was kept")

@@ -18,7 +18,7 @@ from secateur.blockstore import BlockStore
 from secateur.checkpoint.architecture import named_inputs
 from secateur.checkpoint.matrices import BlockMatrices
 from secateur.checkpoint.residency import resident_block
-from secateur.console import progress
+from secateur.console import Advance, progress
 from secateur.errors import ModelError
 from secateur.statistics import BlockStatistics, GradientStatistic, InputStatistic, Statistic, add_states, as_states
 from secateur.sweep.boundary import BoundaryStore
@@ -101,8 +101,9 @@ class BackwardWalk(Walk):
         keep_from: int,
     ) -> None:
         """Run each block forward, remembering its inputs (or its autograd graph) for the way back."""
-        with progress("Forward over the blocks", walk.stop, self.tokens) as advance:
-            advance(min(walk.start, walk.stop))
+        if not walk:
+            return
+        with progress("Forward over the blocks", walk.stop, "block", self.tokens, walk.start) as advance:
             for index in walk:
                 matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
                 statistics = fresh(matrices, from_inputs)
@@ -112,6 +113,7 @@ class BackwardWalk(Walk):
                         with taps.watching(block, len(x_BTD)):
                             out_BTD = self._run(index, block, calls, batch, x_BTD, matrices, kept, index >= keep_from)
                         inputs.put((index + 1, batch), finite(out_BTD, index))
+                        advance.within(batch + 1, len(self.ids), "micro-batches")
                 if from_inputs and index in blocks:
                     states.put(index, as_states(statistics))
                 self.commit(inputs, index + 1)
@@ -185,13 +187,12 @@ class BackwardWalk(Walk):
     ) -> None:
         count = len(self.checkpoint.skeleton.blocks)
         from_inputs = frozenset(kind for kind in needs if issubclass(kind, InputStatistic))
-        with progress("Backward over the blocks", count - blocks.start, self.tokens) as advance:
-            advance(count - top)
+        with progress("Backward over the blocks", count - blocks.start, "block", self.tokens, count - top) as advance:
             for index in reversed(range(blocks.start, top)):
                 matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
                 statistics = fresh(matrices, needs - from_inputs)
                 with self.block(index, ahead=index - 1) as block:
-                    self._backward_block(index, block, calls, inputs, gradients, kept, matrices, statistics)
+                    self._backward_block(index, block, calls, inputs, gradients, kept, matrices, statistics, advance)
                     if index in blocks:
                         self.merge(statistics)
                         self._add_inputs(statistics, states, index, from_inputs)
@@ -213,6 +214,7 @@ class BackwardWalk(Walk):
         kept: dict[tuple[int, int], Kept],
         matrices: BlockMatrices,
         statistics: BlockStatistics,
+        advance: Advance,
     ) -> None:
         again = None if (index, 0) in kept else self.stream(inputs, index)
         for batch, gradient_BTD in self.stream(gradients, index + 1):
@@ -225,6 +227,7 @@ class BackwardWalk(Walk):
             entering_gradient_BTD = run.x_BTD.grad
             assert entering_gradient_BTD is not None
             gradients.put((index, batch), finite(entering_gradient_BTD, index))
+            advance.within(batch + 1, len(self.ids), "micro-batches")
 
     def _add_inputs(
         self, statistics: BlockStatistics, states: BlockStore, index: int, kinds: frozenset[type[Statistic]]

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import torch
 
-from secateur.files import atomic_file, sync_folder
+from secateur.files import atomic_file, sync
 
 Key = tuple[int, int]
 """Boundary (the number of the block after it) and micro-batch."""
@@ -137,7 +137,7 @@ class BoundaryStore:
         os.fsync(stream.fileno())
         with atomic_file(self._mark(boundary)) as temporary:
             temporary.write_text(_mark_text(self._places[boundary]), encoding="utf-8")
-        sync_folder(self.folder)
+        sync(self.folder)
         self._committed.add(boundary)
 
     def committed(self) -> set[int]:

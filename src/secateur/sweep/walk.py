@@ -16,7 +16,7 @@ from secateur.checkpoint.matrices import BlockMatrices
 from secateur.checkpoint.placement import HERE, Placement
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import buffers_on, resident_block
-from secateur.console import progress
+from secateur.console import Advance, progress
 from secateur.errors import ModelError
 from secateur.files import full_disk_is_an_error
 from secateur.statistics import BlockStatistics, InputStatistic, Statistic
@@ -142,20 +142,20 @@ class ForwardWalk(Walk):
             pruned: whether what ``visit`` returns changes what the next block sees.
             done: the first block whose visit is not known to be done; those before it may be left out.
         """
-        with self.ready(), progress("Sweeping the blocks", blocks.stop, self.tokens) as advance:
+        with self.ready():
             store = self.store("inputs")
             reached = {boundary for boundary in self.common(store) if boundary <= (done or blocks.start)}
             start = max(reached, default=0)
             store.drop(lambda boundary: boundary != start or not reached)
             calls = self.enter(None if reached else store)
-            advance(start)
-            for index in range(start, blocks.stop):  # what follows the last block asked for is never run
-                with self.block(index, ahead=index + 1) as block:
-                    self._block(index, block, calls, store, needs, blocks, visit, pruned)
-                if index + 1 < blocks.stop:
-                    self.commit(store, index + 1)
-                    store.drop_behind(index + 1, forward=True)
-                advance()
+            with progress("Sweeping the blocks", blocks.stop, "block", self.tokens, start) as advance:
+                for index in range(start, blocks.stop):  # what follows the last block asked for is never run
+                    with self.block(index, ahead=index + 1) as block:
+                        self._block(index, block, calls, store, needs, blocks, visit, pruned, advance)
+                    if index + 1 < blocks.stop:
+                        self.commit(store, index + 1)
+                        store.drop_behind(index + 1, forward=True)
+                    advance()
             store.clear()
 
     @torch.no_grad()
@@ -169,6 +169,7 @@ class ForwardWalk(Walk):
         blocks: range,
         visit: Visit,
         pruned: bool,
+        advance: Advance,
     ) -> None:
         matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
         statistics = fresh(matrices, needs)
@@ -180,6 +181,7 @@ class ForwardWalk(Walk):
                 out_BTD = finite(calls.run(block, index, batch, x_BTD), index)
             if not last and not again:
                 store.put((index + 1, batch), out_BTD)
+            advance.within(batch + 1, len(self.ids) * (1 + again), "micro-batches")
         if index not in blocks:
             return
         self.merge(statistics)
@@ -191,6 +193,7 @@ class ForwardWalk(Walk):
             del replaced
             for batch, x_BTD in self.stream(store, index):
                 store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
+                advance.within(len(self.ids) + batch + 1, len(self.ids) * 2, "micro-batches")
 
 
 def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:

@@ -1,0 +1,42 @@
+"""What tests and the benchmark of kills share: runs to interrupt, and results to compare byte for byte."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+LOGS = {"secateur/log.txt", "secateur/log.jsonl"}
+"""The only files of a result in which an interrupted run may be seen, beside the record's TIMINGS."""
+
+RECORD = "secateur/run.json"
+TIMINGS = ("seconds", "stages", "attempts")
+
+RECIPES: dict[str, list[str]] = {
+    "taylor channels": ["--unit", "channel", "--ratio", "0.3"],
+    "gblm weight, pruned": ["--criterion", "gblm", "--unit", "weight", "--ratio", "0.5"],
+    "wanda 2:4, pruned": ["--criterion", "wanda", "--unit", "2:4"],
+    "magnitude weight, global": ["--criterion", "magnitude", "--unit", "weight", "--within", "global"],
+    "taylor head,channel in two rounds": ["--unit", "head,channel", "--ratio", "0.5", "--steps", "2"],
+    "taylor second order, weight": ["--criterion", "taylor:order=second", "--unit", "weight"],
+    "wanda weight, dense": ["--criterion", "wanda", "--unit", "weight", "--propagate", "dense"],
+    "taylor head,channel, global": ["--unit", "head,channel", "--ratio", "0.3", "--allocation", "global"],
+}
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file of a finished result but its logs: bytes, and of the record all but its timings."""
+    found: dict[str, Any] = {}
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder).as_posix()
+        if file.is_file() and name not in LOGS:
+            found[name] = file.read_bytes()
+    record = json.loads(found[RECORD])
+    found[RECORD] = {key: value for key, value in record.items() if key not in TIMINGS}
+    return found
+
+
+def different(first: Path, second: Path) -> list[str]:
+    """The files in which two results differ, or that only one of them has."""
+    one, other = contents(first), contents(second)
+    return sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
