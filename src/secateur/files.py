@@ -25,9 +25,21 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "secateur"
 
 
+def sync_folder(folder: Path) -> None:
+    """Return once the names in ``folder`` are on the disk itself, so that they outlast a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that becomes ``path`` in one rename, or vanishes on any failure."""
+def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that becomes ``path`` in one rename, or vanishes on any failure.
+
+    ``durable``: it also outlasts a loss of power, from when the context ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -35,7 +47,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o644)
+        if durable:
+            with temporary.open("rb+") as stream:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
+        if durable:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
