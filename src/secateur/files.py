@@ -26,8 +26,11 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that becomes ``path`` in one rename, or vanishes on any failure."""
+def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside ``path`` that becomes ``path`` in one rename, or vanishes on any failure.
+
+    ``durable``: it also outlasts a loss of power, from when the context ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -35,7 +38,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         os.chmod(temporary, 0o644)
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -60,12 +67,8 @@ def write_json(path: Path, content: Any, durable: bool = False) -> None:
 
     ``durable``: it is on the disk when this returns, so that it outlives a loss of power.
     """
-    with atomic_file(path) as temporary:
+    with atomic_file(path, durable) as temporary:
         temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        if durable:
-            sync(temporary)
-    if durable:
-        sync(path.parent)
 
 
 def sync(path: Path) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 
 import secateur
+from secateur.checkpoint.tensorfile import TensorFile, TensorSpec
 from secateur.errors import PlanError
-from secateur.files import atomic_file
+from secateur.files import atomic_file, sha256_of_file
+from secateur.planstore import InFile, InFolder, InMemory, MaskStore, as_text
 from secateur.recipe import Recipe
 from secateur.removal.decision import BlockDecision, Removals, model_cut
 from secateur.removal.masks import pack, unpack
@@ -63,6 +64,11 @@ class Masked(_Strict):
     shape: tuple[int, int]
     zeros: int
 
+    @property
+    def bytes(self) -> int:
+        """Of its bits, packed."""
+        return -(-self.shape[0] * self.shape[1] // 8)
+
 
 class BlockPlan(_Strict):
     """What leaves one block; under the number ``OUTSIDE`` (-1) what leaves outside of them, whole blocks among it."""
@@ -88,21 +94,47 @@ class Plan(_Strict):
     blocks: list[BlockPlan] = []
     masks_sha256: str | None = None
     notes: dict[str, Any] = {}
-    _bits: dict[str, torch.Tensor] = PrivateAttr(default_factory=dict)
+    _store: MaskStore = PrivateAttr(default_factory=InMemory)
+
+    def keep_in(self, folder: Path) -> Plan:
+        """Keep decisions in ``folder`` from now on, a file a block, instead of in memory; returns the plan itself.
+
+        Each is durable when ``add`` returns. Those that are there already, of a plan for the same model, recipe and
+        calibration, are taken up: ``decided`` says which.
+        """
+        store = InFolder(folder, self._belongs_to())
+        found = [_entry_of(text) for text in store.entries()]
+        for entry in self.blocks:
+            store.put(entry.block, as_text(entry.model_dump(mode="json")), self._store.get(entry.block))
+        self._store = store
+        decided = self.decided()
+        for one in found:
+            if one is not None and one.block not in decided:
+                self._enter(one)
+        return self
+
+    def decided(self) -> set[int]:
+        """The blocks whose decision is here (``OUTSIDE`` for what stands outside of them)."""
+        return {entry.block for entry in self.blocks}
 
     def add(self, block: int, decision: BlockDecision) -> None:
-        """Record the decision for one block."""
+        """Record the decision for one block, in whatever order blocks come; a second one takes the first one's place."""
         cuts = [
             Cut(kind=group.kind, module=group.module, count=group.count, removed=list(removed))
             for group, removed in decision.removals
         ]
-        masks = {}
+        masks, bits = dict[str, Masked](), dict[str, torch.Tensor]()
         for name, mask_OI in decision.masks.items():
             rows, columns = mask_OI.shape
-            masks[name] = Masked(shape=(rows, columns), zeros=int((~mask_OI).sum()))
-            self._bits[f"{block}.{name}"] = pack(mask_OI)
-        self.blocks.append(BlockPlan(block=block, cuts=cuts, masks=masks))
-        self.blocks.sort(key=lambda entry: entry.block)
+            masks[name] = Masked(shape=(rows, columns), zeros=rows * columns - int(mask_OI.count_nonzero()))
+            bits[name] = pack(mask_OI)
+        entry = BlockPlan(block=block, cuts=cuts, masks=masks)
+        self._store.put(block, as_text(entry.model_dump(mode="json")), bits)
+        self._enter(entry)
+
+    def _enter(self, entry: BlockPlan) -> None:
+        others = [other for other in self.blocks if other.block != entry.block]
+        self.blocks = sorted([*others, entry], key=lambda one: one.block)
 
     def cut(self, structure: Structure, blocks: int) -> ModelCut:
         """What leaves a model with these units and so many blocks.
@@ -144,10 +176,12 @@ class Plan(_Strict):
         return removals
 
     def masks(self, block: int) -> dict[str, torch.Tensor]:
-        """The masks of ``block`` by parameter name, unpacked."""
+        """The masks of ``block`` by parameter name, brought in and unpacked anew each time."""
         entry = next((entry for entry in self.blocks if entry.block == block), None)
-        masked = entry.masks if entry else {}
-        return {name: unpack(self._bits[f"{block}.{name}"], mask.shape) for name, mask in masked.items()}
+        if entry is None or not entry.masks:
+            return {}
+        bits = self._store.get(block)
+        return {name: unpack(_bits_of(bits, name, masked, block), masked.shape) for name, masked in entry.masks.items()}
 
     def removed_by_kind(self) -> dict[str, tuple[int, int]]:
         """For each kind of structured unit: how many leave, of how many in the blocks that may be pruned."""
@@ -179,16 +213,60 @@ class Plan(_Strict):
             the files written.
         """
         files = [path]
-        if self._bits:
-            content = save(dict(sorted(self._bits.items())))
-            self.masks_sha256 = hashlib.sha256(content).hexdigest()
+        if any(entry.masks for entry in self.blocks):
             files.append(masks_beside(path))
             with atomic_file(files[1]) as temporary:
-                temporary.write_bytes(content)
+                self._write_masks(temporary)
+                self.masks_sha256 = sha256_of_file(temporary)
         text = json.dumps(self.model_dump(mode="json"), indent=1, ensure_ascii=False)
         with atomic_file(path) as temporary:
             temporary.write_text(_lists_on_one_line(text) + "\n", encoding="utf-8")
         return files
+
+    def _write_masks(self, file: Path) -> None:
+        """One block's masks in memory at a time; the bytes are those that safetensors itself would write."""
+        masked = {f"{entry.block}.{name}": mask for entry in self.blocks for name, mask in entry.masks.items()}
+        target = TensorFile(
+            file, [TensorSpec(name, (mask.bytes,), torch.uint8) for name, mask in sorted(masked.items())]
+        )
+        target.create()
+        try:
+            for entry in self.blocks:
+                bits = self._store.get(entry.block) if entry.masks else {}
+                for name, mask in entry.masks.items():
+                    target.put(f"{entry.block}.{name}", _bits_of(bits, name, mask, entry.block))
+        finally:
+            target.close()
+
+    def content_digest(self) -> str:
+        """SHA-256 of everything that the written weights depend on: the model, and what leaves it."""
+        digest = hashlib.sha256(self.model.sha256.encode())
+        for entry in self.blocks:
+            digest.update(as_text(entry.model_dump(mode="json")).encode())
+            bits = self._store.get(entry.block) if entry.masks else {}
+            for name, masked in entry.masks.items():
+                digest.update(_bits_of(bits, name, masked, entry.block).numpy().data)
+        return digest.hexdigest()
+
+    def _belongs_to(self) -> str:
+        """The digest of what the decisions depend on."""
+        given = self.model_dump(mode="json", include={"secateur", "model", "recipe", "calibration"})
+        return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
+
+
+def _entry_of(text: str) -> BlockPlan | None:
+    """A kept entry; None where it is not one, so that the block is decided again."""
+    try:
+        return BlockPlan.model_validate_json(text)
+    except ValidationError:
+        return None
+
+
+def _bits_of(bits: Mapping[str, torch.Tensor], name: str, masked: Masked, block: int) -> torch.Tensor:
+    found = bits.get(name)
+    if found is None or (found.dtype, found.numel()) != (torch.uint8, masked.bytes):
+        raise PlanError(f"the mask of '{name}' in block {block} is not what the plan says; make the plan again")
+    return found
 
 
 def masks_beside(plan_file: Path) -> Path:
@@ -217,7 +295,7 @@ def load_plan(path: Path) -> Plan:
         raise PlanError(f"{file} is not a plan: {error}; make it again") from error
     _check_entries(plan, file)
     if any(entry.masks for entry in plan.blocks):
-        plan._bits = _load_masks(plan, masks_beside(file))
+        plan._store = _masks_file(plan, masks_beside(file))
     return plan
 
 
@@ -235,23 +313,21 @@ def _check_entries(plan: Plan, file: Path) -> None:
             )
 
 
-def _load_masks(plan: Plan, file: Path) -> dict[str, torch.Tensor]:
+def _masks_file(plan: Plan, file: Path) -> InFile:
+    """The masks that were saved with ``plan``, whole and of the right sizes; none of them is brought in."""
     if not file.is_file():
         raise PlanError(f"the plan's masks are missing; put {file.name} beside the plan in {file.parent}")
-    if hashlib.sha256(file.read_bytes()).hexdigest() != plan.masks_sha256:
+    if sha256_of_file(file) != plan.masks_sha256:
         raise PlanError(f"{file} is not the masks file that the plan was saved with; it is damaged or another plan's")
-    try:
-        bits = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise PlanError(f"{file} is damaged: {error}") from error
+    masks = InFile(file)
+    sizes = masks.sizes()
     for entry in plan.blocks:
         for name, masked in entry.masks.items():
-            found = bits.get(f"{entry.block}.{name}")
-            if found is None or found.numel() != -(-masked.shape[0] * masked.shape[1] // 8):
+            if sizes.get(f"{entry.block}.{name}") != masked.bytes:
                 raise PlanError(
                     f"{file} does not hold the mask of '{name}' in block {entry.block}; make the plan again"
                 )
-    return bits
+    return masks
 
 
 def _place(block: int) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import torch
 
+import secateur
 from secateur.allocation.nearest import nearest_even_cut
 from secateur.checkpoint import uneven
 from secateur.checkpoint.architecture import example_inputs
@@ -49,6 +51,14 @@ class Sizes:
 
     def to_json(self) -> dict[str, int]:
         return {"parameters": self.parameters, "bytes": self.bytes}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tensors that are written together, and what makes them."""
+
+    names: tuple[str, ...]
+    make: Callable[[], Mapping[str, torch.Tensor]]
 
 
 class Realisation:
@@ -167,18 +177,41 @@ class Realisation:
         flags = f"--allocation uniform --unit {','.join(kinds)} --ratio {ratio:.3f}"
         return f" The nearest plan that loads everywhere: {flags} on all blocks." if loads else ""
 
-    def write(self, folder: Path) -> list[Path]:
-        """Write weights, config and companions into ``folder``; returns the weight files."""
-        _, after = self.sizes()
-        require_space(folder, int(after.bytes * 1.02) + (1 << 20), "the pruned model")
-        specs = self.specs()
-        writer = ShardWriter(folder, specs)
-        try:
-            for tensors in track(self._tensors_in_order(), "Writing", len(self.cut.blocks) + 2):
-                writer.write(tensors)
-            files = writer.close()
-        finally:
-            writer.abandon()
+    def write(self, folder: Path, work: Path | None = None) -> list[Path]:
+        """Write weights, config and companions into ``folder``; returns the weight files.
+
+        Args:
+            work: where progress is noted, apart from ``folder``'s own content. A second call with the same, after the
+                first was interrupted anywhere, goes on from the last finished block, and the bytes come out the same.
+        """
+        with self._writer(folder, work) as writer:
+            self._write_pieces(writer)
+            return self._complete(folder, writer)
+
+    def write_share(self, folder: Path, work: Path, share: tuple[int, int]) -> None:
+        """Write the part of the weights that falls to process ``share[0]`` of ``share[1]``; ``finish`` does the rest."""
+        with self._writer(folder, work, rank=share[0]) as writer:
+            self._write_pieces(writer, share)
+
+    def finish(self, folder: Path, work: Path) -> list[Path]:
+        """Once every share is written, by one process: index, config, companions and manifest; returns the weight files."""
+        with self._writer(folder, work) as writer:
+            return self._complete(folder, writer)
+
+    def _writer(self, folder: Path, work: Path | None, rank: int = 0) -> ShardWriter:
+        folder.mkdir(parents=True, exist_ok=True)
+        identity = "" if work is None else f"{secateur.__version__} {self.plan.content_digest()}"
+        return ShardWriter(folder, self.specs(), work=work, identity=identity, rank=rank)
+
+    def _write_pieces(self, writer: ShardWriter, share: tuple[int, int] = (0, 1)) -> None:
+        require_space(writer.folder, int(writer.remaining() * 1.02) + (1 << 20), "the pruned model")
+        rank, size = share
+        for piece in track(list(self._pieces())[rank::size], "Writing"):
+            if not writer.holds(piece.names):
+                writer.write(piece.make())
+
+    def _complete(self, folder: Path, writer: ShardWriter) -> list[Path]:
+        files = writer.close()
         self.output.config.save_pretrained(folder)
         if self.output.uneven:
             shutil.copyfile(uneven.__file__, folder / MODELLING_FILE)
@@ -186,8 +219,8 @@ class Realisation:
         write_manifest(folder, files)
         return files
 
-    def _tensors_in_order(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Tensors under their new names in the order of ``specs``: what stands outside first to last, a block at a time."""
+    def _pieces(self) -> Iterator[_Piece]:
+        """What is written at once, in the model's order: a block, or one tensor outside of them."""
         skeleton, done = self.checkpoint.skeleton, set()
         owner = {skeleton.block_prefix(i) + name: i for i in self.cut.kept() for name in skeleton.block_names(i)}
         inside = skeleton.blocks_name + "."
@@ -195,11 +228,16 @@ class Realisation:
             index = owner.get(name)
             if index is not None and index not in done:
                 done.add(index)
-                result = self.decision(index).carry_out(self.checkpoint.block_tensors(index))
                 prefix = skeleton.block_prefix(self.cut.kept().index(index))
-                yield {prefix + key: tensor for key, tensor in result.items()}
+                names = tuple(prefix + own for own in skeleton.block_names(index))
+                yield _Piece(names, functools.partial(self._block_cut, index, prefix))
             elif not name.startswith(inside) and name in self.checkpoint.tensors:
-                yield self._outside_cut(name)
+                yield _Piece((name,), functools.partial(self._outside_cut, name))
+
+    def _block_cut(self, index: int, prefix: str) -> dict[str, torch.Tensor]:
+        """One block without what leaves it, under its new names."""
+        result = self.decision(index).carry_out(self.checkpoint.block_tensors(index), in_place=True)
+        return {prefix + name: tensor for name, tensor in result.items()}
 
     def _outside_cut(self, name: str) -> dict[str, torch.Tensor]:
         """One tensor outside the blocks without the units that leave everywhere."""
@@ -226,7 +264,7 @@ class Realisation:
         return self.plan.recipe.trust_remote_code
 
     def _masked_dense(self, index: int, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return self.decision(index).in_dense_shapes(tensors)
+        return self.decision(index).in_dense_shapes(tensors, in_place=True)
 
     def _masked_outside(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return mask_tensors(tensors, self._touching(tensors.keys()))

@@ -154,7 +154,9 @@ def test_dense_scores_and_gradients_are_used_again(llama_folder, windows_file, t
     other = secateur.plan(str(llama_folder), criterion="taylor", ratio=0.6, **fields)
     assert sweeps == ["dense"], "another ratio needs no new sweep"
     fresh = secateur.plan(str(llama_folder), criterion="taylor", ratio=0.6, seed=5, **fields)
-    assert all(torch.equal(other._bits[name], bits) for name, bits in fresh._bits.items())
+    for entry in fresh.blocks:
+        reused = other.masks(entry.block)
+        assert all(torch.equal(reused[name], mask) for name, mask in fresh.masks(entry.block).items())
     sweeps.clear()
     secateur.plan(str(llama_folder), criterion="gblm", ratio=0.3, **fields)
     secateur.plan(str(llama_folder), criterion="gblm", ratio=0.6, **fields)

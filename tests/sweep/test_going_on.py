@@ -14,7 +14,7 @@ from secateur.sweep.boundary import BoundaryStore
 BLOCKS = 6
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
@@ -33,7 +33,7 @@ def walk(folder, ids_NT, scratch, needs, pruned=False, memory=0, stop_at=None, b
             (name, kind): s.state()["total"].clone() for name, kinds in statistics.items() for kind, s in kinds.items()
         }
         if index == stop_at:
-            raise Killed
+            raise KilledError
         if pruned:
             return {name: p * 0.5 for name, p in block.named_parameters() if "mlp" in name}
         return None
@@ -44,7 +44,7 @@ def walk(folder, ids_NT, scratch, needs, pruned=False, memory=0, stop_at=None, b
             sweep.pruned(needs, blocks, visit, done)
         else:
             sweep.dense(needs, blocks, visit)
-    except Killed:
+    except KilledError:
         pass
     return found, visited
 

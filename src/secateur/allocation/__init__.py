@@ -3,9 +3,9 @@
 from secateur.allocation.across_blocks import Ranking
 from secateur.allocation.budget import CostModel
 from secateur.allocation.pools import Pool, leave_everywhere, pools_of
-from secateur.allocation.threshold import exact_threshold
 from secateur.allocation.two_tier import two_tier_amounts
 from secateur.allocation.uniform import lowest_units, uniform_amounts
+from secateur.removal.threshold import exact_threshold
 
 __all__ = [
     "CostModel",

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from secateur.allocation.threshold import exact_threshold
 from secateur.recipe import Recipe
 from secateur.removal.decision import BlockDecision
 from secateur.removal.masks import layer_mask, n_of_m_mask, row_mask, threshold_mask
+from secateur.removal.threshold import exact_threshold
 
 Scores = Iterable[tuple[str, torch.Tensor]]
 """Of one block's matrices, with their names; each may be made when it is asked for."""
@@ -39,7 +39,7 @@ class WeightChooser:
         for name, score_OI in scores:
             rows, columns = decision.survivors(name, tensors)
             if len(rows):  # else the expert leaves as a whole
-                decision.masks[name] = self._mask(score_OI[rows][:, columns], prefix + name)
+                decision.masks[name] = self._mask(_surviving(score_OI, rows, columns), prefix + name)
 
     def _mask(self, score_OI: torch.Tensor, name: str) -> torch.Tensor:
         pattern = self.recipe.n_of_m
@@ -54,3 +54,10 @@ class WeightChooser:
         mask_OI, ties = threshold_mask(score_OI, *self._threshold)
         self._threshold = self._threshold[0], ties
         return mask_OI
+
+
+def _surviving(score_OI: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The scores of what the cut leaves; copied only where it takes something."""
+    if len(rows) < score_OI.shape[0]:
+        score_OI = score_OI.index_select(0, rows)
+    return score_OI.index_select(1, columns) if len(columns) < score_OI.shape[1] else score_OI

@@ -10,51 +10,52 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from secateur.checkpoint import plain_load
 from secateur.checkpoint.architecture import ModelInputs, loader_for, named_inputs
 from secateur.checkpoint.skeleton import load_config
+from secateur.console import log
 from secateur.errors import OutputError, ResourceError
+from secateur.files import human_bytes
+from secateur.memory import memory_available
 
 TOLERANCE = 1e-3
 """Largest difference allowed, as a share of the largest logit. A cut changes the order of float32 sums (about 1e-6);
 a wrong index or a wrong config changes logits by their own size."""
 
-PLAIN_LOADER = """
-import sys, warnings
-warnings.filterwarnings("ignore")
-import torch, transformers
-from safetensors.torch import load_file, save_file
-from transformers.utils import logging
-logging.set_verbosity_error(); logging.disable_progress_bar()
-folder, loader, inputs, result, remote = sys.argv[1:]
-model, report = getattr(transformers, loader).from_pretrained(
-    folder, dtype=torch.float32, local_files_only=True, trust_remote_code=remote == "yes", output_loading_info=True)
-wrong = [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report.get(key)]
-if wrong:
-    sys.exit(f"{wrong[0]}: {list(report[wrong[0]])[:3]}")
-with torch.no_grad():
-    logits = model.eval()(**load_file(inputs)).logits
-save_file({"logits": logits.float().contiguous()}, result)
-"""
+FRESH_BYTES = 4
+"""Of a number in the fresh process, which computes in float32."""
 
 
-def fresh_logits(folder: Path, inputs: torch.Tensor | ModelInputs, remote_code: bool) -> torch.Tensor:
+def fresh_logits(
+    folder: Path, inputs: torch.Tensor | ModelInputs, remote_code: bool, limit: int | None = None
+) -> torch.Tensor:
     """Logits of the folder, loaded with plain transformers in a process that does not know Secateur.
 
     Args:
         inputs: token ids ``(B, T)``, or the model's inputs by name.
+        limit: bytes above which the weights are left on disk and brought in a module at a time; None: half of what
+            memory is free.
 
     Raises:
         OutputError: the folder does not load.
         ResourceError: there is not the memory to load it.
     """
     loader = loader_for(load_config(folder, remote_code)).__name__
+    needed = float32_bytes(folder)
+    if limit is None:
+        limit = (memory_available() or 2 * needed) // 2
+    if needed > limit:
+        log.info("In float32 it would take %s; it is checked one module at a time.", human_bytes(needed))
     with tempfile.TemporaryDirectory() as scratch:
         given, result = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in named_inputs(inputs).items()}, given)
-        remote = "yes" if remote_code else "no"
-        command = [sys.executable, "-c", PLAIN_LOADER, str(folder.resolve()), loader, str(given), str(result), remote]
+        offload = str(Path(scratch) / "offload") if needed > limit else ""
+        words = [str(folder.resolve()), loader, str(given), str(result), "yes" if remote_code else "no", offload]
+        # -P: the script's own folder is Secateur's, whose modules must not be found.
+        command = [sys.executable, "-P", plain_load.__file__, *words]
         # Remote code is imported through a cache of modules; a private one leaves the user's as it is.
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(scratch) / "modules"), "HF_HUB_OFFLINE": "1"}
         # As many threads as here: the difference that is recorded must not depend on which attempt measured it.
@@ -69,6 +70,16 @@ def fresh_logits(folder: Path, inputs: torch.Tensor | ModelInputs, remote_code: 
             last = (finished.stderr.strip().splitlines() or ["no message"])[-1]
             raise OutputError(f"the written model does not load in plain transformers ({last}); nothing was kept")
         return load_file(result)["logits"]
+
+
+def float32_bytes(folder: Path) -> int:
+    """What the folder's weights take in float32, by their headers."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as stream:
+            names = stream.keys()
+            count += sum(torch.Size(stream.get_slice(name).get_shape()).numel() for name in names)
+    return count * FRESH_BYTES
 
 
 def compare_logits(expected_BTV: torch.Tensor, found_BTV: torch.Tensor) -> float:

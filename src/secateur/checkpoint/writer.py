@@ -1,113 +1,120 @@
-"""Writing a model folder: tensors streamed into shards in order, each block let go once it is written."""
+"""Writing a model folder: each tensor at its place in its shard, each block let go once it is written."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 
-from secateur.checkpoint.reader import OTHER_DTYPES, WEIGHT_DTYPES
+from secateur.checkpoint.progress import Progress
+from secateur.checkpoint.tensorfile import SAFETENSORS_NAMES, TensorFile, TensorSpec
+from secateur.files import sync
 
-SAFETENSORS_NAMES = {dtype: name for name, dtype in (WEIGHT_DTYPES | OTHER_DTYPES).items()}
 SHARD_BYTES = 5 * 1000**3
 """The size above which a folder is split, as transformers does."""
 
 CARRIED_OVER = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
 TEMPLATES = "additional_chat_templates"
-LEFT_BEHIND = ("config.json", "model.safetensors.index.json", "README.md")
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+INDEX = "model.safetensors.index.json"
+LEFT_BEHIND = ("config.json", INDEX, "README.md")
 
 
 class ShardWriter:
-    """Writes safetensors whose headers are known beforehand, one tensor after the other, in the order of ``specs``.
+    """Writes the tensors of ``specs`` into shards, in any order, a piece at a time.
 
-    The library's own writer wants all tensors of a file in memory at once; the format itself is a length, a JSON
-    header and the bytes, so they can be appended as they come.
+    With ``work`` a piece is on disk for good when ``write`` returns, and a writer for the same tensors and the same
+    ``identity`` goes on from there; so several processes can write their part each, and any of them can be killed.
+
+    Args:
+        work: where progress is noted, apart from what is shipped; None begins anew and notes nothing.
+        identity: of what the bytes are made from; leftovers of another are not gone on from.
+        rank: of this process, where several write.
     """
 
-    def __init__(self, folder: Path, specs: Sequence[TensorSpec], shard_bytes: int = SHARD_BYTES) -> None:
-        self.folder = folder
-        self._shards = list(_split(specs, shard_bytes))
-        self._files = [_shard_name(number, len(self._shards)) for number in range(len(self._shards))]
-        self._order: Iterator[tuple[int, TensorSpec]] = (
-            (number, spec) for number, shard in enumerate(self._shards) for spec in shard
-        )
-        self._stream: BinaryIO | None = None
-        self._open_shard = -1
+    def __init__(
+        self,
+        folder: Path,
+        specs: Sequence[TensorSpec],
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        work: Path | None = None,
+        identity: str = "",
+        rank: int = 0,
+    ) -> None:
+        self.folder, self.specs = folder, list(specs)
+        shards = list(_split(specs, shard_bytes))
+        self._files = [
+            TensorFile(folder / _shard_name(number, len(shards)), shard, {"format": "pt"})
+            for number, shard in enumerate(shards)
+        ]
+        self._home = {name: file for file in self._files for name in file.specs}
+        self._progress = Progress(work, self._digest(identity), rank, self._files) if work is not None else None
+        if self._progress is None:
+            for file in self._files:
+                file.create()
+        self._written = self._progress.finished() if self._progress else set[str]()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.abandon()
+
+    def holds(self, names: Iterable[str]) -> bool:
+        """Whether all of these tensors are written, by this process or before it began."""
+        return self._written.issuperset(names)
+
+    def remaining(self) -> int:
+        """How many bytes are still to be written."""
+        return sum(spec.bytes for spec in self.specs if spec.name not in self._written)
 
     def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Append ``tensors``, which have to be the next ones in order."""
+        """Write one piece: ``tensors``, each at its place."""
         for name, tensor in tensors.items():
-            number, spec = next(self._order)
-            if (spec.name, spec.shape, spec.dtype) != (name, tuple(tensor.shape), tensor.dtype):
-                raise ValueError(f"expected {spec}, got {name} {tuple(tensor.shape)} {tensor.dtype}")
-            if number != self._open_shard:
-                self._start(number)
-            assert self._stream is not None
-            self._stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            if name not in self._home:
+                raise ValueError(f"{name} is not among the tensors to be written")
+            self._home[name].put(name, tensor)
+        if self._progress is not None:
+            for file in dict.fromkeys(self._home[name] for name in tensors):
+                file.sync()  # first the bytes, then the word that they are there
+            self._progress.note(tensors)
+        self._written.update(tensors)
 
     def close(self) -> list[Path]:
         """Finish, write the index of several shards, and return the weight files."""
-        if next(self._order, None) is not None:
+        if self._progress is not None:
+            self._written = self._progress.finished()  # by now also what other processes have written
+        if not self.holds(self._home):
             raise ValueError("not every tensor has been written")
-        self._finish()
-        if len(self._shards) > 1:
+        for file in self._files:
+            file.sync()
+        self.abandon()
+        (self.folder / INDEX).unlink(missing_ok=True)  # a leftover's
+        if len(self._files) > 1:
             self._write_index()
-        return [self.folder / name for name in self._files]
-
-    def _start(self, number: int) -> None:
-        self._finish()
-        self._open_shard = number
-        self._stream = (self.folder / self._files[number]).open("wb")
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for spec in self._shards[number]:
-            header[spec.name] = {
-                "dtype": SAFETENSORS_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.bytes],
-            }
-            offset += spec.bytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # data begins at a multiple of eight bytes
-        self._stream.write(len(text).to_bytes(8, "little") + text)
-
-    def _finish(self) -> None:
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._stream = None
+        sync(self.folder)
+        return [file.path for file in self._files]
 
     def abandon(self) -> None:
-        """Close what is open; the folder is the caller's to remove."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        """Close what is open; the folder is the caller's to remove, or to go on with."""
+        for file in self._files:
+            file.close()
+
+    def _digest(self, identity: str) -> str:
+        shards = [[(s.name, s.shape, SAFETENSORS_NAMES[s.dtype]) for s in file.specs.values()] for file in self._files]
+        return hashlib.sha256(json.dumps([identity, shards]).encode()).hexdigest()[:32]
 
     def _write_index(self) -> None:
-        total = sum(spec.bytes for shard in self._shards for spec in shard)
-        places = {spec.name: self._files[number] for number, shard in enumerate(self._shards) for spec in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        total = sum(spec.bytes for spec in self.specs)
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {name: file.path.name for name, file in self._home.items()},
+        }
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _split(specs: Iterable[TensorSpec], limit: int) -> Iterator[list[TensorSpec]]:

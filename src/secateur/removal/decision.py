@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from secateur.checkpoint.matrices import BlockMatrices
+from secateur.checkpoint.matrices import BlockMatrices, BlockMatrix
 from secateur.structure import OUTSIDE, ModelCut, UnitGroup, cut_tensors, mask_tensors
 from secateur.structure.cutting import Removal
 
@@ -44,30 +44,44 @@ class BlockDecision:
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     matrices: BlockMatrices = field(default_factory=dict)
 
-    def carry_out(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The block's tensors as they will be written: cut, then masked; dtypes stay."""
-        result = cut_tensors(dict(tensors), self.removals)
-        for name in self._own_copies(result):
-            matrix = self.matrices[name]
+    def carry_out(self, tensors: Mapping[str, torch.Tensor], in_place: bool = False) -> dict[str, torch.Tensor]:
+        """The block's tensors as they will be written: cut, then masked; dtypes stay.
+
+        ``in_place``: ``tensors`` are the caller's to lose, so that masking needs no second copy of them.
+        """
+        result = cut_tensors(tensors, self.removals)
+        for name, matrix in self._masked(result, tensors, in_place):
             if matrix.expert is not None:
                 experts = self._stays(matrix.parameter, 0, len(tensors[matrix.parameter]))
                 matrix = replace(matrix, expert=int(experts[: matrix.expert].sum()))
             matrix.of(result).masked_fill_(~self.masks[name], 0)
         return result
 
-    def in_dense_shapes(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The block's tensors in their old shapes with the same function: what is cut is zeroed where it is read."""
-        result = mask_tensors(dict(tensors), self.removals)
-        for name in self._own_copies(result):
-            weight_OI, (rows, columns) = self.matrices[name].of(result), self.survivors(name, tensors)
-            weight_OI[rows[:, None], columns] = weight_OI[rows[:, None], columns].masked_fill(~self.masks[name], 0)
+    def in_dense_shapes(self, tensors: Mapping[str, torch.Tensor], in_place: bool = False) -> dict[str, torch.Tensor]:
+        """The block's tensors in their old shapes with the same function: what is cut is zeroed where it is read.
+
+        ``in_place``: ``tensors`` are the caller's to lose, so that masking needs no second copy of them.
+        """
+        result = mask_tensors(tensors, self.removals)
+        for name, matrix in self._masked(result, tensors, in_place):
+            weight_OI, (rows, columns) = matrix.of(result), self.survivors(name, tensors)
+            leaves_OI = ~self.masks[name]
+            if leaves_OI.shape != weight_OI.shape:  # the mask is of what the cut leaves
+                whole_OI = torch.zeros_like(weight_OI, dtype=torch.bool)
+                whole_OI[rows[:, None], columns] = leaves_OI
+                leaves_OI = whole_OI
+            weight_OI.masked_fill_(leaves_OI, 0)
         return result
 
-    def _own_copies(self, result: dict[str, torch.Tensor]) -> list[str]:
-        """The names of the masks, once the parameters that they change are no longer anyone else's."""
-        for parameter in {self.matrices[name].parameter for name in self.masks}:
-            result[parameter] = result[parameter].clone()
-        return list(self.masks)
+    def _masked(
+        self, result: dict[str, torch.Tensor], given: Mapping[str, torch.Tensor], in_place: bool
+    ) -> Iterator[tuple[str, BlockMatrix]]:
+        """The matrices that have masks, once the parameters that they change are no longer anyone else's."""
+        for name in self.masks:
+            matrix = self.matrices[name]
+            if not in_place and result[matrix.parameter] is given[matrix.parameter]:
+                result[matrix.parameter] = result[matrix.parameter].clone()
+            yield name, matrix
 
     def survivors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns of the matrix ``name`` that are left after the cut; none of an expert that leaves."""

@@ -6,22 +6,30 @@ under N:M, where ties fall as in the published codes' ``topk``.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 
 from secateur.errors import RecipeError
+from secateur.removal.threshold import exact_threshold
+
+CHUNK = 1 << 22
+"""Scores looked at together: what is computed on the way (a copy, indices, flags) is bounded by it, not by the matrix."""
 
 
 def row_mask(score_OI: torch.Tensor, ratio: float) -> torch.Tensor:
     """In every row the ``int(I * ratio)`` lowest leave (Wanda's comparison group)."""
     leaving = int(score_OI.shape[1] * ratio)
-    return _without_lowest(score_OI, leaving)
+    return _by_rows(score_OI, lambda score_RI: _without_lowest(score_RI, leaving))
 
 
 def layer_mask(score_OI: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Of the whole matrix the ``int(O * I * ratio)`` lowest leave."""
-    flat = score_OI.reshape(1, -1)
-    return _without_lowest(flat, int(flat.shape[1] * ratio)).reshape(score_OI.shape)
+    """Of the whole matrix the ``int(O * I * ratio)`` lowest leave; scores are float32."""
+    leaving = int(score_OI.numel() * ratio)
+    if not leaving:
+        return torch.ones_like(score_OI, dtype=torch.bool)
+    return threshold_mask(score_OI, *exact_threshold(lambda: [score_OI], leaving))[0]
 
 
 def n_of_m_mask(score_OI: torch.Tensor, keep: int, group: int, name: str) -> torch.Tensor:
@@ -30,16 +38,20 @@ def n_of_m_mask(score_OI: torch.Tensor, keep: int, group: int, name: str) -> tor
     Raises:
         RecipeError: ``group`` does not divide the number of inputs; ``name`` is the matrix it names.
     """
-    rows, inputs = score_OI.shape
+    inputs = score_OI.shape[1]
     if inputs % group:
         raise RecipeError(
             f"{keep}:{group} needs widths that {group} divides, but '{name}' has {inputs} inputs; choose another M"
         )
-    score_GM = score_OI.reshape(-1, group)
-    # Not the stable sort: of equal scores the published codes take what topk takes, and under pruned propagation a
-    # handful of ties decided otherwise moves the masks of all later blocks.
-    lowest_GL = torch.topk(score_GM, group - keep, dim=1, largest=False).indices
-    return torch.ones_like(score_GM, dtype=torch.bool).scatter_(1, lowest_GL, False).reshape(rows, inputs)
+
+    def highest(score_RI: torch.Tensor) -> torch.Tensor:
+        score_GM = score_RI.reshape(-1, group)
+        # Not the stable sort: of equal scores the published codes take what topk takes, and under pruned propagation a
+        # handful of ties decided otherwise moves the masks of all later blocks.
+        lowest_GL = torch.topk(score_GM, group - keep, dim=1, largest=False).indices
+        return torch.ones_like(score_GM, dtype=torch.bool).scatter_(1, lowest_GL, False).reshape(score_RI.shape)
+
+    return _by_rows(score_OI, highest)
 
 
 def threshold_mask(score_OI: torch.Tensor, threshold: float, ties: int) -> tuple[torch.Tensor, int]:
@@ -48,18 +60,44 @@ def threshold_mask(score_OI: torch.Tensor, threshold: float, ties: int) -> tuple
     Returns:
         the mask, and how many ties are left for the matrices that follow.
     """
-    keep_OI = score_OI >= threshold
-    equal = torch.nonzero((score_OI == threshold).reshape(-1)).reshape(-1)[:ties]
-    keep_OI.reshape(-1)[equal] = False
-    return keep_OI, ties - len(equal)
+    keep_OI = torch.empty_like(score_OI, dtype=torch.bool)
+    for rows in _row_chunks(score_OI):
+        keep_RI = torch.ge(score_OI[rows], threshold, out=keep_OI[rows])
+        if ties:
+            equal = torch.nonzero((score_OI[rows] == threshold).reshape(-1)).reshape(-1)[:ties]
+            keep_RI.view(-1)[equal] = False
+            ties -= len(equal)
+    return keep_OI, ties
 
 
 def _without_lowest(score_RI: torch.Tensor, leaving: int) -> torch.Tensor:
-    keep_RI = torch.ones_like(score_RI, dtype=torch.bool)
-    if leaving:
-        order_RI = torch.sort(score_RI, dim=1, stable=True).indices
-        keep_RI.scatter_(1, order_RI[:, :leaving], False)
+    """The ``leaving`` lowest of every row found by selection, without a sort: numpy's is the fastest at hand."""
+    if not leaving:
+        return torch.ones_like(score_RI, dtype=torch.bool)
+    selected_RI = np.partition(score_RI.numpy(), leaving - 1, axis=1)
+    threshold_R1 = torch.from_numpy(selected_RI[:, leaving - 1 : leaving].copy())
+    keep_RI = score_RI > threshold_R1
+    spared_R = (~keep_RI).sum(dim=1) - leaving  # of those equal to the threshold the last ones stay
+    tied_R = torch.nonzero(spared_R).reshape(-1)
+    if len(tied_R):
+        equal_RI = score_RI[tied_R] == threshold_R1[tied_R]
+        stays_R1 = (equal_RI.sum(dim=1) - spared_R[tied_R])[:, None]
+        keep_RI[tied_R] |= equal_RI & (equal_RI.cumsum(dim=1, dtype=torch.int32) > stays_R1)
     return keep_RI
+
+
+def _by_rows(score_OI: torch.Tensor, mask: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The mask of a matrix, some rows at a time."""
+    keep_OI = torch.empty_like(score_OI, dtype=torch.bool)
+    for rows in _row_chunks(score_OI):
+        keep_OI[rows] = mask(score_OI[rows])
+    return keep_OI
+
+
+def _row_chunks(score_OI: torch.Tensor) -> Iterator[slice]:
+    """Rows of about ``CHUNK`` scores, at least one."""
+    step = max(1, CHUNK // max(1, score_OI.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(score_OI), step))
 
 
 def pack(mask_OI: torch.Tensor) -> torch.Tensor:
@@ -69,4 +107,4 @@ def pack(mask_OI: torch.Tensor) -> torch.Tensor:
 
 def unpack(bits: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """The mask that ``pack`` packed."""
-    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape[0] * shape[1]).astype(bool)).reshape(shape)
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=shape[0] * shape[1]).view(bool)).reshape(shape)

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import torch
 
-from secateur.files import atomic_file, sync
+from secateur.files import atomic_file
 
 Key = tuple[int, int]
 """Boundary (the number of the block after it) and micro-batch."""
@@ -135,9 +135,8 @@ class BoundaryStore:
         stream = self._file(boundary)
         stream.flush()
         os.fsync(stream.fileno())
-        with atomic_file(self._mark(boundary)) as temporary:
+        with atomic_file(self._mark(boundary), durable=True) as temporary:
             temporary.write_text(_mark_text(self._places[boundary]), encoding="utf-8")
-        sync(self.folder)
         self._committed.add(boundary)
 
     def committed(self) -> set[int]:

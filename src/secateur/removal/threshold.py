@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 
 BINS = 1 << 16
+CHUNK = 1 << 20
+"""Scores counted at once: their keys and bins are several times as large as they are."""
 
 
 def exact_threshold(chunks: Callable[[], Iterable[torch.Tensor]], leaving: int) -> tuple[float, int]:
@@ -34,8 +36,9 @@ def _bin_of_rank(
     """The bin that holds the score of this rank, and how many lie in lower bins; bin -1 is not counted."""
     counts = torch.zeros(BINS, dtype=torch.int64)
     for chunk in chunks():
-        bins = bin_of(_ordered_key(chunk))
-        counts += torch.bincount(bins[bins >= 0], minlength=BINS)
+        for part in chunk.reshape(-1).split(CHUNK):
+            bins = bin_of(_ordered_key(part))
+            counts += torch.bincount(bins[bins >= 0], minlength=BINS)
     cumulative = counts.cumsum(0)
     index = int(torch.searchsorted(cumulative, rank))
     return index, int(cumulative[index] - counts[index])
