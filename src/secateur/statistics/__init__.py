@@ -5,17 +5,19 @@ another worker's part, and gives its state as named tensors to store and resume.
 ("sequences" in methods §0.2), so that figures do not depend on how many there were.
 """
 
-from secateur.statistics.base import GradientStatistic, InputStatistic, Statistic
+from secateur.statistics.base import GradientSource, GradientStatistic, InputStatistic, Statistic, gradient_kinds
 from secateur.statistics.gradient import GradientAbs, GradientMean, GradientSquare
 from secateur.statistics.inputs import InputNorm, InputSecondMoment
 
 __all__ = [
     "GradientAbs",
     "GradientMean",
+    "GradientSource",
     "GradientSquare",
     "GradientStatistic",
     "InputNorm",
     "InputSecondMoment",
     "InputStatistic",
     "Statistic",
+    "gradient_kinds",
 ]

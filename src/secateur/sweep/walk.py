@@ -1,5 +1,7 @@
 """The sweep: forward over the blocks, and backward for exact gradients, with one block's weights in memory.
 
+Gradients of each block's own output (``block_local``) and estimates from forward runs (``forward_only``) need no way back.
+
 Forward keeps each block's input only. Backward visits the blocks last to first, brings one in, recomputes it with
 gradients on, folds every weight gradient into its statistics, and lets go. Where what autograd keeps of the last blocks
 fits in the memory allowed, it is kept and the recomputation skipped; the results are the same bit for bit.
@@ -8,8 +10,10 @@ fits in the memory allowed, it is kept and the recomputation skipped; the result
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +26,11 @@ from secateur.checkpoint.residency import resident_block
 from secateur.console import progress
 from secateur.errors import ModelError
 from secateur.files import full_disk_is_an_error
-from secateur.statistics import GradientStatistic, InputStatistic, Statistic
+from secateur.statistics import GradientSource, GradientStatistic, InputStatistic, Statistic, gradient_kinds
+from secateur.sweep.block_local import run_with_own_gradients
 from secateur.sweep.boundary import BoundaryStore
 from secateur.sweep.entrance import BlockCalls, enter, head
+from secateur.sweep.forward_only import Queries, Quotients, estimated
 from secateur.sweep.taps import GradientTaps, InputTaps
 
 BlockStatistics = dict[str, dict[type[Statistic], Statistic]]
@@ -43,11 +49,15 @@ class SweepSettings:
         micro_batch: windows that run through a block at once.
         memory: bytes allowed for block inputs and kept activations; inputs beyond it go to ``scratch``.
         scratch: a folder for what does not fit.
+        gradient: where gradients come from.
+        queries: the directions of forward-only gradients.
     """
 
     micro_batch: int
     memory: int
     scratch: Path
+    gradient: GradientSource = "exact"
+    queries: Queries = field(default_factory=Queries)
 
 
 @dataclass
@@ -68,7 +78,7 @@ class Sweep:
         settings: micro-batch and memory.
 
     Attributes:
-        loss: mean next-token cross-entropy of the dense model over the windows, once a gradient pass has run.
+        loss: mean next-token cross-entropy of the dense model over the windows, once a backward walk has run.
     """
 
     def __init__(self, checkpoint: Checkpoint, ids_NT: torch.Tensor, settings: SweepSettings) -> None:
@@ -86,13 +96,16 @@ class Sweep:
     def dense(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
         """Gather statistics of the dense model and visit each block of ``blocks`` once.
 
-        Blocks are visited first to last, or last to first where gradients are needed.
+        Blocks are visited first to last, or last to first where exact gradients are needed.
 
         Raises:
             ModelError: activations, the loss or gradients are not finite.
         """
-        if any(issubclass(kind, GradientStatistic) for kind in needs):
+        gradients = gradient_kinds(needs)
+        if gradients and self.settings.gradient == "exact":
             self._with_gradients(needs, blocks, visit)
+        elif gradients and self.settings.gradient == "forward":
+            self._forward(needs - gradients, blocks, self._estimating(gradients, blocks, visit), pruned=False)
         else:
             self._forward(needs, blocks, visit, pruned=False)
 
@@ -100,9 +113,28 @@ class Sweep:
         """Visit the blocks first to last; each sees the inputs that the blocks before it give after their visit.
 
         A block's statistics come from one run with its dense weights (methods §0.1); what ``visit`` returns then
-        replaces its weights, and a second run gives the inputs of the next.
+        replaces its weights, and a second run gives the inputs of the next. Of gradients only block-local ones are gathered
+        on this walk: the others are the dense model's.
         """
+        assert self.settings.gradient == "block" or not gradient_kinds(needs)
         self._forward(needs, blocks, visit, pruned=True)
+
+    def _estimating(self, kinds: frozenset[type[GradientStatistic]], blocks: range, visit: Visit) -> Visit:
+        """Measure the loss along every query; return ``visit`` with estimated gradients beside what was gathered."""
+        settings, skeleton = self.settings, self.checkpoint.skeleton
+        quotients = Quotients(
+            self.checkpoint, self._batches, settings.queries, blocks, settings.memory, settings.scratch
+        )
+        c_QN = quotients.measure_QN()
+
+        def visit_with_gradients(index: int, block: nn.Module, statistics: BlockStatistics) -> Any:
+            shapes, prefix = skeleton.block_shapes(index), skeleton.block_prefix(index)
+            for name, matrix in skeleton.prunable(index).items():
+                shape_OI = matrix.shape(shapes)
+                statistics[name] |= estimated(kinds, prefix + name, shape_OI, c_QN, settings.queries)
+            return visit(index, block, statistics)
+
+        return visit_with_gradients
 
     def _forward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, pruned: bool) -> None:
         store = BoundaryStore(self.settings.memory, self.settings.scratch)
@@ -131,10 +163,13 @@ class Sweep:
         last = index == blocks.stop - 1
         again = pruned and index in blocks and not last
         taps = InputTaps(matrices, _of_kind(statistics, InputStatistic))
+        own = _of_kind(statistics, GradientStatistic) if gradient_kinds(needs) else None
         for batch in range(len(self._batches)):
             x_BTD = store.pop((index, batch))
+            run = partial(calls.run, block, index, batch)
             with taps.watching(block, len(x_BTD)):
-                out_BTD = _finite(calls.run(block, index, batch, x_BTD), index)
+                out_BTD = run_with_own_gradients(block, run, x_BTD, matrices, own) if own else run(x_BTD)
+            _finite(out_BTD, index)
             if not last:
                 store.put((index, batch) if again else (index + 1, batch), x_BTD if again else out_BTD)
         if index not in blocks:
