@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ from secateur.plans import Plan
 from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
 from secateur.scoring import add_states, as_states, block_scores, weight_scores
-from secateur.statistics import GradientStatistic, Statistic
+from secateur.statistics import Statistic, gradient_kinds
 from secateur.structure import OUTSIDE, Structure, cut_shapes, find_all_units
-from secateur.sweep import BlockStatistics, Sweep, SweepSettings
+from secateur.sweep import BlockStatistics, Queries, Sweep, SweepSettings
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class Planner:
             recipe=self.recipe,
             calibration=calibration_identity(self.windows) if needs else None,
         )
-        from_inputs = frozenset(kind for kind in needs if not issubclass(kind, GradientStatistic))
-        # Gradients are always the dense model's; without input statistics there is nothing to propagate.
-        if self.recipe.propagate == "pruned" and from_inputs:
-            self._choose_on_the_way(plan, from_inputs, needs - from_inputs)
+        # Gradients of the loss are always the dense model's; a block's own come from its inputs, as input statistics do.
+        beforehand = gradient_kinds(needs) if self.recipe.gradient != "block" else frozenset()
+        if self.recipe.propagate == "pruned" and needs - beforehand:
+            self._choose_on_the_way(plan, needs - beforehand, beforehand)
         else:
             self._choose_from_scores(plan, self._dense_scores(needs))
         if self.workplace.cache is not None:
@@ -163,8 +163,7 @@ class Planner:
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
             store.put(index, self._scores(index, block, statistics))
 
-        # A backward walk passes every later block anyway; a forward walk every earlier one.
-        wanted = range(min(missing), max(missing) + 1)
+        wanted = self._wanted(missing)
         if needs:
             self._sweep().dense(needs, wanted, visit)
         else:
@@ -191,20 +190,20 @@ class Planner:
     # -- pruned propagation: choose block by block, each on what the pruned blocks before it give
 
     def _choose_on_the_way(
-        self, plan: Plan, from_inputs: frozenset[type[Statistic]], from_gradients: frozenset[type[Statistic]]
+        self, plan: Plan, on_the_way: frozenset[type[Statistic]], beforehand: frozenset[type[Statistic]]
     ) -> None:
-        gradients = self._gradients(from_gradients) if from_gradients else None
+        gradients = self._gradients(beforehand) if beforehand else None
         weights = WeightChooser(self.recipe, list)
 
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor]:
             if gradients is not None:
-                add_states(statistics, gradients.get(index), from_gradients)
+                add_states(statistics, gradients.get(index), beforehand)
             scores = self._scores(index, block, statistics)
             decision = self._masked(weights, index, self.chooser.choose_in(index, scores), scores)
             plan.add(index, decision)
             return decision.in_dense_shapes(block.state_dict())
 
-        self._sweep().pruned(from_inputs, self.blocks, visit)
+        self._sweep().pruned(on_the_way, self.blocks, visit)
 
     def _masked(
         self, weights: WeightChooser, index: int, removals: Removals, scores: Mapping[str, torch.Tensor]
@@ -225,7 +224,7 @@ class Planner:
             def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
                 store.put(index, as_states(statistics))
 
-            self._sweep().dense(kinds, range(min(missing), max(missing) + 1), visit)
+            self._sweep().dense(kinds, self._wanted(missing), visit)
         else:
             log.info("Using the gradients kept from an earlier run.")
         return store
@@ -236,8 +235,20 @@ class Planner:
 
     # -- places
 
+    def _wanted(self, missing: list[int]) -> range:
+        """The blocks to sweep for those that are missing."""
+        if self.recipe.gradient == "forward":
+            return self.blocks  # all of them are perturbed at once: fewer would give other numbers
+        # A backward walk passes every later block anyway; a forward walk every earlier one.
+        return range(min(missing), max(missing) + 1)
+
     def _sweep(self) -> Sweep:
-        settings = SweepSettings(self.recipe.micro_batch, self.recipe.memory_bytes, self.workplace.scratch)
+        recipe = self.recipe
+        settings = SweepSettings(recipe.micro_batch, recipe.memory_bytes, self.workplace.scratch)
+        if recipe.gradient is not None:
+            settings = replace(settings, gradient=recipe.gradient)
+        if recipe.queries is not None and recipe.perturbation is not None:
+            settings = replace(settings, queries=Queries(recipe.queries, recipe.perturbation, recipe.seed))
         return Sweep(self.checkpoint, self.windows.ids_NT, settings)
 
     def _store(self, kind: str, needs: frozenset[type[Statistic]]) -> BlockStore:
@@ -250,6 +261,8 @@ class Planner:
             "threads": torch.get_num_threads(),
             "versions": [secateur.__version__, torch.__version__, transformers.__version__],
         }
+        if gradient_kinds(needs):
+            key |= self._gradient_key()
         if kind == "gradients":
             key["statistics"] = sorted(statistic.name for statistic in needs)
         else:
@@ -257,6 +270,14 @@ class Planner:
             key |= {"units": list(recipe.cut_kinds), "reduce": recipe.reduce}
         root = self.workplace.cache if self.workplace.cache is not None and needs else self.workplace.scratch
         return BlockStore(root, kind, key)
+
+    def _gradient_key(self) -> dict[str, Any]:
+        """What gradients depend on beside the model and the windows."""
+        recipe, key = self.recipe, {"gradient": self.recipe.gradient}
+        if recipe.gradient != "forward":
+            return key
+        drawn = {"queries": recipe.queries, "perturbation": recipe.perturbation, "noise": recipe.seed}
+        return key | drawn | {"perturbed": [self.blocks.start, self.blocks.stop]}
 
 
 def removes_nothing(recipe: Recipe) -> RecipeError:
