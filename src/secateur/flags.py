@@ -20,7 +20,7 @@ FLAGS: dict[str, Any] = {
     "criterion": Annotated[
         str | None,
         typer.Option(
-            help="What a weight is worth: random, magnitude, wanda, gblm, taylor. Options ride on the name: "
+            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms. Options ride on the name: "
             "`gblm:norm=l2,alpha=100`, `taylor:order=mixed`. [default: taylor]",
             show_default=False,
         ),
@@ -106,6 +106,28 @@ FLAGS: dict[str, Any] = {
         typer.Option(
             help="What the blocks see: dense (scores are kept, another ratio costs seconds) or pruned inputs. "
             "[default: as published; pruned for wanda and gblm]",
+            show_default=False,
+        ),
+    ],
+    "gradient": Annotated[
+        str | None,
+        typer.Option(
+            help="Where gradients come from: exact (backpropagation of the loss), block (of each block's own output; no backward "
+            "walk) or forward (runs along random directions alone). [default: as published; exact, forward for fms]",
+            show_default=False,
+        ),
+    ],
+    "queries": Annotated[
+        int | None,
+        typer.Option(
+            help="--gradient forward: along how many directions, two runs of the model each. [default: 16]",
+            show_default=False,
+        ),
+    ],
+    "perturbation": Annotated[
+        float | None,
+        typer.Option(
+            help="--gradient forward: how far along them every weight moves, times a normal number. [default: 0.001]",
             show_default=False,
         ),
     ],

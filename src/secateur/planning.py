@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from secateur.plans import Plan
 from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
 from secateur.scoring import BlockScorer, weight_scores
-from secateur.statistics import GradientStatistic, Statistic, add_states, as_states
+from secateur.statistics import Statistic, add_states, as_states, gradient_kinds
 from secateur.statistics.half import halved, whole
 from secateur.structure import OUTSIDE, Structure, cut_shapes, find_all_units
-from secateur.sweep import BlockStatistics, Sweep, SweepSettings, Visit
+from secateur.sweep import BlockStatistics, Queries, Sweep, SweepSettings, Visit
 from secateur.workers import ALONE, Workers
 
 KEPT_SCORES = 4 * 1024**3
@@ -111,10 +111,10 @@ class Planner:
             recipe=self.recipe,
             calibration=calibration_identity(self.windows) if needs else None,
         )
-        from_inputs = frozenset(kind for kind in needs if not issubclass(kind, GradientStatistic))
-        # Gradients are always the dense model's; without input statistics there is nothing to propagate.
-        if self.recipe.propagate == "pruned" and from_inputs:
-            self._choose_on_the_way(plan, from_inputs, needs - from_inputs)
+        # Gradients of the loss are always the dense model's; a block's own come from its inputs, as input statistics do.
+        beforehand = gradient_kinds(needs) if self.recipe.gradient != "block" else frozenset()
+        if self.recipe.propagate == "pruned" and needs - beforehand:
+            self._choose_on_the_way(plan, needs - beforehand, beforehand)
         elif not self._keeps_scores:
             self._choose_in_dense(plan, needs)
         else:
@@ -201,8 +201,7 @@ class Planner:
         return store
 
     def _visit_dense(self, needs: frozenset[type[Statistic]], missing: list[int], visit: Visit) -> None:
-        # A backward walk passes every later block anyway; a forward walk every earlier one.
-        wanted = range(min(missing), max(missing) + 1)
+        wanted = self._wanted(missing, needs)
         if needs:
             self._sweep().dense(needs, wanted, visit)
             return
@@ -240,22 +239,22 @@ class Planner:
             self._visit_dense(needs, missing, visit)
 
     def _choose_on_the_way(
-        self, plan: Plan, from_inputs: frozenset[type[Statistic]], from_gradients: frozenset[type[Statistic]]
+        self, plan: Plan, on_the_way: frozenset[type[Statistic]], beforehand: frozenset[type[Statistic]]
     ) -> None:
         """Block by block, each on what the pruned blocks before it give."""
         missing = [index for index in self.blocks if index not in plan.decided()]
         if not missing:
             return
-        gradients = self._gradients(from_gradients) if from_gradients else None
+        gradients = self._gradients(beforehand) if beforehand else None
         weights = WeightChooser(self.recipe, list)
 
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor]:
             if gradients is not None:
-                add_states(statistics, whole(gradients.get(index)), from_gradients)
+                add_states(statistics, whole(gradients.get(index)), beforehand)
             decision = self._decide(plan, weights, index, block, statistics)
             return decision.in_dense_shapes(block.state_dict())
 
-        self._sweep().pruned(from_inputs, self.blocks, visit, done=min(missing))
+        self._sweep().pruned(on_the_way, self.blocks, visit, done=min(missing))
 
     def _decide(
         self, plan: Plan, weights: WeightChooser, index: int, block: nn.Module, statistics: BlockStatistics
@@ -323,11 +322,20 @@ class Planner:
 
     # -- places
 
+    def _wanted(self, missing: list[int], needs: frozenset[type[Statistic]]) -> range:
+        """The blocks to sweep for those that are missing."""
+        if self.recipe.gradient == "forward" and gradient_kinds(needs):
+            return self.blocks  # all of them are perturbed at once: fewer would give other numbers
+        # A backward walk passes every later block anyway; a forward walk every earlier one.
+        return range(min(missing), max(missing) + 1)
+
     def _sweep(self) -> Sweep:
-        place = self.workplace
-        settings = SweepSettings(
-            self.recipe.micro_batch, self.recipe.memory_bytes, place.scratch, place.placement, place.workers
-        )
+        place, recipe = self.workplace, self.recipe
+        settings = SweepSettings(recipe.micro_batch, recipe.memory_bytes, place.scratch, place.placement, place.workers)
+        if recipe.gradient is not None:
+            settings = replace(settings, gradient=recipe.gradient)
+        if recipe.queries is not None and recipe.perturbation is not None:
+            settings = replace(settings, queries=Queries(recipe.queries, recipe.perturbation, recipe.seed))
         return Sweep(self.checkpoint, self.windows.ids_NT, settings)
 
     def _store(self, kind: str, needs: frozenset[type[Statistic]]) -> BlockStore:
@@ -342,6 +350,8 @@ class Planner:
             "device": str(self.workplace.placement),
             "versions": [secateur.__version__, torch.__version__, transformers.__version__],
         }
+        if gradient_kinds(needs):
+            key |= self._gradient_key()
         if kind == "gradients":
             key["statistics"] = sorted(statistic.name for statistic in needs)
         else:
@@ -349,6 +359,14 @@ class Planner:
             key |= {"units": list(recipe.cut_kinds), "reduce": recipe.reduce}
         root = self.workplace.cache if self.workplace.cache is not None and needs else self.workplace.scratch
         return BlockStore(root, kind, key)
+
+    def _gradient_key(self) -> dict[str, Any]:
+        """What gradients depend on beside the model and the windows."""
+        recipe, key = self.recipe, {"gradient": self.recipe.gradient}
+        if recipe.gradient != "forward":
+            return key
+        drawn = {"queries": recipe.queries, "perturbation": recipe.perturbation, "noise": recipe.seed}
+        return key | drawn | {"perturbed": [self.blocks.start, self.blocks.stop]}
 
 
 def _letting_go(

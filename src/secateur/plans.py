@@ -194,10 +194,6 @@ class Plan(_Strict):
                 totals[cut.kind] = (gone + len(cut.removed), there + cut.count)
         return totals
 
-    def decided(self) -> set[int]:
-        """The blocks whose decision is there."""
-        return {entry.block for entry in self.blocks}
-
     def zeros(self) -> tuple[int, int]:
         """How many weights are masked, of how many in masked matrices."""
         masks = [masked for entry in self.blocks for masked in entry.masks.values()]

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secateur.criteria import Criterion, criterion_from
 from secateur.errors import RecipeError, suggest
 from secateur.quantities import NofM, Target, is_n_of_m, parse_bytes, parse_target
+from secateur.statistics import GradientSource, gradient_kinds
 from secateur.yamlfile import read_yaml
 
 CUT_KINDS = ("block", "hidden", "head", "query", "expert", "channel")
@@ -27,6 +28,10 @@ PUBLISHED_ENDS = (4, 2)
 
 DEFAULT_CUT_RATIO = 0.2
 DEFAULT_MASK_RATIO = 0.5
+
+DEFAULT_QUERIES = 16
+DEFAULT_PERTURBATION = 1e-3
+"""MeZO's (methods §4.3); what MINI-LLM took is not known."""
 
 Reduce = Literal["sum", "mean", "max", "prod", "first", "last"]
 
@@ -52,6 +57,10 @@ class Recipe(BaseModel):
         steps: in how many rounds the ratio is reached, with fresh scores of what is left in each.
         reduce: how the members of a structured unit count together.
         propagate: whether blocks see ``dense`` or already ``pruned`` inputs; by default as the criterion was published.
+        gradient: where gradients come from: ``exact`` backpropagation of the loss, each ``block``'s own output, or
+            ``forward`` runs alone; by default as the criterion was published, None where it needs none.
+        queries: forward: how many directions the loss is measured along, two runs each; by default 16.
+        perturbation: forward: the step along them, in units of a weight; by default 1e-3.
         blocks: ``FIRST:LAST``, blocks that may be pruned, LAST excluded as in a Python slice.
         calibration: ``self``, a file, ``hub:...`` or safetensors of token windows.
         windows: how many calibration windows.
@@ -78,6 +87,9 @@ class Recipe(BaseModel):
     steps: int = Field(default=1, ge=1, le=1000)
     reduce: Reduce = "sum"
     propagate: Literal["dense", "pruned"] | None = None
+    gradient: GradientSource | None = None
+    queries: int | None = Field(default=None, ge=1, le=1_000_000)
+    perturbation: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     blocks: str | None = None
     calibration: str = "self"
     windows: int | None = Field(default=None, ge=1, le=1_000_000)
@@ -108,6 +120,7 @@ class Recipe(BaseModel):
         self._check_masks()
         self._check_amounts()
         self._check_allocation()
+        self._settle_gradient(criterion)
         if self.propagate is None:
             object.__setattr__(self, "propagate", "dense" if self.is_global else criterion.propagation)
         if self.is_global and self.propagate == "pruned":
@@ -115,6 +128,17 @@ class Recipe(BaseModel):
                 "a choice over the whole model needs every block's score before anything leaves; use --propagate dense with it"
             )
         return self
+
+    def _settle_gradient(self, criterion: Criterion) -> None:
+        if gradient_kinds(criterion.needs()):
+            object.__setattr__(self, "gradient", self.gradient or criterion.gradient)
+        elif self.gradient is not None:
+            raise RecipeError(f"{criterion.name} needs no gradients; leave --gradient {self.gradient} out")
+        for name, default in (("queries", DEFAULT_QUERIES), ("perturbation", DEFAULT_PERTURBATION)):
+            if self.gradient == "forward":
+                object.__setattr__(self, name, getattr(self, name) or default)
+            elif getattr(self, name) is not None:
+                raise RecipeError(f"--{name} is about --gradient forward; add that, or leave it out")
 
     def _check_units(self) -> None:
         if not self.unit:

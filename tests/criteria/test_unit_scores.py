@@ -19,6 +19,12 @@ from secateur.structure import find_all_units, find_units
 
 TEXTS = ["random", "magnitude", "magnitude:norm=l2", "wanda", "gblm", "gblm:norm=l2"]
 TEXTS += [f"taylor:order={order}" for order in ("vector", "first", "second", "mixed")]
+TEXTS += ["fms", "fms:signed=true"]
+
+
+def is_signed(criterion) -> bool:
+    """Whether contributions may cancel within a row or column."""
+    return "vector" in str(criterion) or "signed=true" in str(criterion)
 
 
 def contributions_of(model, criterion):
@@ -42,7 +48,7 @@ def by_hand(kind, unit, contributions, criterion, reduce, kv_heads, heads=8, wid
     def part(name, dim, index):
         matrix = contributions[name].double()
         total = float((matrix[index] if dim == 0 else matrix[:, index]).sum())
-        return abs(total) if "vector" in str(criterion) else total
+        return abs(total) if is_signed(criterion) else total
 
     attention = [f"self_attn.{n}_proj.weight" for n in "qkvo"]
     if kind == "channel":
@@ -106,7 +112,7 @@ def member_by_member(group, unit, contributions, criterion, reduce):
             continue
         values = contributions[member.parameter].double().movedim(member.dim, 0).flatten(1)
         sums = [math.fsum(values[i].tolist()) for i in member.index_UC[unit]]
-        members.append([abs(total) if "vector" in str(criterion) else total for total in sums])
+        members.append([abs(total) if is_signed(criterion) else total for total in sums])
     if not members or reduce in ("first", "last"):
         return sum(members[0 if reduce == "first" else -1]) if members else 0.0
     width = math.gcd(*(len(member) for member in members))

@@ -68,7 +68,7 @@ def _bring_in_more(model: Any) -> None:
     from accelerate.utils import set_module_tensor_to_device
 
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    stored = next(hook.weights_map.dataset for hook in hooks if getattr(hook, "weights_map", None) is not None)
+    stored = next(found.dataset for hook in hooks if (found := getattr(hook, "weights_map", None)) is not None)
     remove_hook_from_submodules(model)
     blocks = list(model._no_split_modules or ())
     dispatch_model(model, {"": "disk"}, offload_index=stored.index, preload_module_classes=blocks)

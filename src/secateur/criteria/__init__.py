@@ -1,13 +1,14 @@
 """What each weight is worth: one small file a criterion, listed here and nowhere else."""
 
 from secateur.criteria.base import Criterion, parse_criterion
+from secateur.criteria.fms import FMS
 from secateur.criteria.gblm import GBLM
 from secateur.criteria.magnitude import Magnitude
 from secateur.criteria.random import Random
 from secateur.criteria.taylor import Taylor
 from secateur.criteria.wanda import Wanda
 
-CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor)}
+CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor, FMS)}
 
 
 def criterion_from(text: str) -> Criterion:

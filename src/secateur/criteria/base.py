@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from secateur.errors import RecipeError, suggest
-from secateur.statistics import Statistic
+from secateur.statistics import GradientSource, Statistic
 
 Propagation = Literal["dense", "pruned"]
 
@@ -42,11 +42,13 @@ class Criterion(ABC):
     Attributes:
         name: how users call it.
         propagation: the default of ``--propagate``, as the method was published.
+        gradient: the default of ``--gradient``, as the method was published; means nothing where none are needed.
         options_type: the options that ride on the name.
     """
 
     name: ClassVar[str]
     propagation: ClassVar[Propagation] = "dense"
+    gradient: ClassVar[GradientSource] = "exact"
     options_type: ClassVar[type[Options]] = Options
 
     def __init__(self, options: Options | None = None) -> None:

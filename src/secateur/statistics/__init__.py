@@ -5,7 +5,7 @@ another worker's part, and gives its state as named tensors to store and resume.
 ("sequences" in methods §0.2), so that figures do not depend on how many there were.
 """
 
-from secateur.statistics.base import GradientStatistic, InputStatistic, Statistic
+from secateur.statistics.base import GradientSource, GradientStatistic, InputStatistic, Statistic, gradient_kinds
 from secateur.statistics.gradient import GradientAbs, GradientMean, GradientSquare
 from secateur.statistics.inputs import InputNorm, InputSecondMoment
 from secateur.statistics.states import BlockStatistics, add_states, as_states
@@ -14,6 +14,7 @@ __all__ = [
     "BlockStatistics",
     "GradientAbs",
     "GradientMean",
+    "GradientSource",
     "GradientSquare",
     "GradientStatistic",
     "InputNorm",
@@ -22,4 +23,5 @@ __all__ = [
     "Statistic",
     "add_states",
     "as_states",
+    "gradient_kinds",
 ]

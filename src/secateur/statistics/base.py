@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, Self
+from collections.abc import Iterable
+from typing import ClassVar, Literal, Self
 
 import torch
+
+GradientSource = Literal["exact", "block", "forward"]
+"""How gradients are come by: backpropagation of the loss, backpropagation of each block's own output, or forward runs."""
 
 
 class Statistic(ABC):
@@ -80,7 +84,7 @@ class InputStatistic(Statistic):
 
 
 class GradientStatistic(Statistic):
-    """Measured on the gradient of a window's mean next-token cross-entropy with respect to a matrix.
+    """Measured on a window's gradient with respect to a matrix: of its mean next-token cross-entropy, or what stands for it.
 
     Attributes:
         per_window: each window has to come alone; otherwise the sum over several windows will do.
@@ -97,3 +101,8 @@ class GradientStatistic(Statistic):
         if self.total is None:
             self.total = torch.zeros(shape_OI, device=device)
         self.windows += windows
+
+
+def gradient_kinds(kinds: Iterable[type[Statistic]]) -> frozenset[type[GradientStatistic]]:
+    """Those of ``kinds`` that are measured on gradients."""
+    return frozenset(kind for kind in kinds if issubclass(kind, GradientStatistic))

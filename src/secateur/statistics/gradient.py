@@ -1,4 +1,4 @@
-"""Moments over windows of exact per-window gradients. float32 throughout: fp16 sums lose what is small (methods §1.6)."""
+"""Moments over windows of per-window gradients, wherever these come from. float32 throughout: fp16 sums lose what is small (methods §1.6)."""
 
 from __future__ import annotations
 

@@ -282,7 +282,7 @@ def window_gradient(
     The head works on each token apart, so that a long window can go through it in pieces of tokens.
     """
     tokens = len(ids_T)
-    each = max(1, LOGITS // (4 * vocabulary))
+    each = tokens_at_once(vocabulary)
     loss, gradients = 0.0, []
     for start in range(0, tokens, each):
         piece = slice(start, start + each)
@@ -294,3 +294,8 @@ def window_gradient(
         loss += part.item()
         gradients.append(gradient_1TD)
     return loss, torch.cat(gradients, dim=1)
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens go through the head together."""
+    return max(1, LOGITS // (4 * vocabulary))

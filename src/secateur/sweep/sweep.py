@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 from secateur.checkpoint.reader import Checkpoint
 from secateur.errors import ModelError
-from secateur.statistics import GradientStatistic, Statistic
+from secateur.statistics import BlockStatistics, GradientStatistic, Statistic, gradient_kinds
 from secateur.sweep.backward import BackwardWalk
+from secateur.sweep.forward_only import ForwardOnlyWalk, estimated
 from secateur.sweep.walk import ForwardWalk, SweepSettings, Visit
 
 
@@ -31,27 +35,50 @@ class Sweep:
     def dense(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
         """Gather statistics of the dense model and visit each block of ``blocks`` once.
 
-        Blocks are visited first to last, or last to first where gradients are needed.
+        Blocks are visited first to last, or last to first where exact gradients are needed.
 
         Raises:
             ModelError: activations, the loss or gradients are not finite.
         """
-        if any(issubclass(kind, GradientStatistic) for kind in needs):
+        gradients = gradient_kinds(needs)
+        if gradients and self.settings.gradient == "exact":
             walk = BackwardWalk(self.checkpoint, self.ids_NT, self.settings, "backward")
             walk.run(needs, blocks, visit)
             self.loss = walk.loss
+        elif gradients and self.settings.gradient == "forward":
+            queries = ForwardOnlyWalk(self.checkpoint, self.ids_NT, self.settings)
+            c_QN = queries.measure_QN(blocks)
+            self._forward(needs - gradients, blocks, self._estimating(gradients, c_QN, visit))
+            queries.forget()
         else:
-            ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "forward").run(needs, blocks, visit, pruned=False)
+            self._forward(needs, blocks, visit)
+
+    def _forward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
+        ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "forward").run(needs, blocks, visit, pruned=False)
+
+    def _estimating(self, kinds: frozenset[type[GradientStatistic]], c_QN: torch.Tensor, visit: Visit) -> Visit:
+        """``visit`` with the gradients that ``c_QN`` estimates beside what was gathered."""
+        skeleton, queries = self.checkpoint.skeleton, self.settings.queries
+
+        def visit_with_gradients(index: int, block: nn.Module, statistics: BlockStatistics) -> Any:
+            shapes, prefix = skeleton.block_shapes(index), skeleton.block_prefix(index)
+            for name, matrix in skeleton.prunable(index).items():
+                statistics[name] |= estimated(kinds, prefix + name, matrix.shape(shapes), c_QN, queries)
+            return visit(index, block, statistics)
+
+        return visit_with_gradients
 
     def pruned(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, done: int | None = None) -> None:
         """Visit the blocks first to last; each sees the inputs that the blocks before it give after their visit.
 
         A block's statistics come from one run with its dense weights (methods §0.1); what ``visit`` returns then
-        replaces its weights, and a second run gives the inputs of the next.
+        replaces its weights, and a second run gives the inputs of the next. Of gradients only block-local ones are gathered
+        on this walk: the others are the dense model's.
 
         Args:
             done: the first block whose visit is not known to be done and on disk; those before it may be left out.
         """
+        assert self.settings.gradient == "block" or not gradient_kinds(needs)
         walk = ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "pruned")
         walk.run(needs, blocks, visit, pruned=True, done=done)
 

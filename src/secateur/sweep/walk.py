@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,18 @@ from secateur.checkpoint.residency import buffers_on, resident_block
 from secateur.console import Advance, progress
 from secateur.errors import ModelError
 from secateur.files import full_disk_is_an_error
-from secateur.statistics import BlockStatistics, InputStatistic, Statistic
+from secateur.statistics import (
+    BlockStatistics,
+    GradientSource,
+    GradientStatistic,
+    InputStatistic,
+    Statistic,
+    gradient_kinds,
+)
+from secateur.sweep.block_local import run_with_own_gradients
 from secateur.sweep.boundary import BoundaryStore, Budget, Committing
 from secateur.sweep.entrance import BlockCalls, enter
+from secateur.sweep.noise import Queries
 from secateur.sweep.taps import InputTaps
 from secateur.workers import ALONE, Workers
 
@@ -42,6 +52,8 @@ class SweepSettings:
         scratch: a folder for what does not fit, and for what another process needs to go on from.
         placement: where blocks compute.
         workers: the processes that share the windows.
+        gradient: where gradients come from.
+        queries: the directions of forward-only gradients.
     """
 
     micro_batch: int
@@ -49,6 +61,8 @@ class SweepSettings:
     scratch: Path
     placement: Placement = HERE
     workers: Workers = ALONE
+    gradient: GradientSource = "exact"
+    queries: Queries = field(default_factory=Queries)
 
 
 class Walk:
@@ -176,9 +190,12 @@ class ForwardWalk(Walk):
         last = index == blocks.stop - 1
         again = pruned and index in blocks and not last
         taps = InputTaps(matrices, of_kind(statistics, InputStatistic))
+        own = of_kind(statistics, GradientStatistic) if gradient_kinds(needs) else None
         for batch, x_BTD in self.stream(store, index, keep=again):
+            run = partial(calls.run, block, index, batch)
             with taps.watching(block, len(x_BTD)):
-                out_BTD = finite(calls.run(block, index, batch, x_BTD), index)
+                out_BTD = run_with_own_gradients(block, run, x_BTD, matrices, own) if own else run(x_BTD)
+            finite(out_BTD, index)
             if not last and not again:
                 store.put((index + 1, batch), out_BTD)
             advance.within(batch + 1, len(self.ids) * (1 + again), "micro-batches")
@@ -186,7 +203,7 @@ class ForwardWalk(Walk):
             return
         self.merge(statistics)
         replaced = visit(index, block, statistics)
-        del statistics, taps  # as large as the block's weights may be
+        del statistics, taps, own  # as large as the block's weights may be
         if again:
             if replaced:
                 block.load_state_dict(dict(replaced), strict=False, assign=True)
