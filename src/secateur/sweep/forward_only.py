@@ -119,7 +119,8 @@ class ForwardOnlyWalk(Walk):
 
     @property
     def _kept(self) -> Path:
-        return self.folder / "quotients.json"
+        queries = self.settings.queries
+        return self.folder / f"quotients-{queries.seed}-{queries.perturbation!r}.json"
 
     @property
     def _blocks(self) -> int:
