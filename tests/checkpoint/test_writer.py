@@ -365,3 +365,26 @@ def test_a_killed_process_is_gone_on_from(pruned, tmp_path):
     ours.write(tmp_path / "out", tmp_path / "work")
     ours.write(tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("part", [16, 100, 1000])
+def test_the_content_hash_does_not_depend_on_its_parts(part, pruned, monkeypatch):
+    from secateur.checkpoint import reader
+
+    whole = open_checkpoint(str(pruned / "model")).content_hash
+    monkeypatch.setattr(reader, "PART_BYTES", part)
+    assert open_checkpoint(str(pruned / "model")).content_hash == whole
+
+
+@pytest.mark.parametrize("row", [0, 95])
+def test_a_damaged_number_is_found_in_whatever_part(row, tmp_path, monkeypatch):
+    from secateur.checkpoint import reader
+    from secateur.errors import ModelError
+
+    monkeypatch.setattr(reader, "PART_BYTES", 1000)
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[row, 5] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj\.weight.* holds NaN"):
+        _ = open_checkpoint(str(tmp_path / "model")).content_hash

@@ -67,8 +67,8 @@ def _bring_in_more(model: Any) -> None:
     from accelerate.hooks import remove_hook_from_module, remove_hook_from_submodules
     from accelerate.utils import set_module_tensor_to_device
 
-    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
-    stored = next(found.dataset for hook in hooks if (found := getattr(hook, "weights_map", None)) is not None)
+    maps = (getattr(getattr(module, "_hf_hook", None), "weights_map", None) for module in model.modules())
+    stored = next(weights.dataset for weights in maps if weights is not None)
     remove_hook_from_submodules(model)
     blocks = list(model._no_split_modules or ())
     dispatch_model(model, {"": "disk"}, offload_index=stored.index, preload_module_classes=blocks)

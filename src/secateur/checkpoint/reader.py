@@ -34,6 +34,10 @@ NOT_WEIGHTS = ("rotary_emb.inv_freq", "rotary_emb.original_inv_freq", ".attn.bia
 """Buffers that older checkpoints stored and the model computes itself."""
 
 
+PART_BYTES = 1 << 25
+"""Of a tensor, looked at together when all weights are read through: an embedding alone may have a gigabyte."""
+
+
 @dataclass(frozen=True)
 class ModelTensor:
     """One tensor of the model as it will be read, and what it is made of."""
@@ -129,12 +133,25 @@ class Checkpoint:
         return total.hexdigest()
 
     def _tensor_digest(self, name: str) -> str:
-        tensor = self.read([name])[name]
-        if not torch.isfinite(tensor).all():
-            raise ModelError(self._damaged(name))
+        tensor = self.tensors[name]
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+        for part in self._parts(name):
+            if not torch.isfinite(part).all():
+                raise ModelError(self._damaged(name))
+            digest.update(part.reshape(-1).view(torch.uint8).numpy().data if part.numel() else b"")
         return digest.hexdigest()
+
+    def _parts(self, name: str) -> Iterator[torch.Tensor]:
+        """A tensor's numbers in order, some at a time; its file is mapped no longer than a part is looked at."""
+        tensor = self.tensors[name]
+        if tensor.origin.converter is None and tensor.shape:
+            rows = max(1, PART_BYTES * tensor.shape[0] // max(1, tensor.bytes))
+            for start in range(0, tensor.shape[0], rows):
+                with _Files() as files:
+                    yield files.rows(tensor.origin.sources[0], start, start + rows)
+        else:
+            whole = self.read([name])[name]
+            yield from whole.reshape(-1).split(max(1, PART_BYTES // whole.element_size()))
 
     def _damaged(self, name: str) -> str:
         """Which stored tensor behind ``name`` is not finite."""
@@ -187,6 +204,12 @@ class _Files:
     def get(self, place: StoredTensor) -> torch.Tensor:
         with _unreadable_is_an_error(place.file):
             return self.stream(place.file).get_tensor(place.stored_name)
+
+    def rows(self, place: StoredTensor, start: int, stop: int) -> torch.Tensor:
+        """Some entries of the first dimension."""
+        with _unreadable_is_an_error(place.file):
+            part: torch.Tensor = self.stream(place.file).get_slice(place.stored_name)[start:stop]
+            return part
 
 
 @contextmanager

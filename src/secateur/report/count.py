@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ def count_checkpoint(
     blocks: range | None = None,
     kept: Sequence[int] | None = None,
 ) -> Count:
-    """Count what ``checkpoint`` stores; one block in memory.
+    """Count what ``checkpoint`` stores; one tensor in memory.
 
     Args:
         groups: the dense model's units, whose widths tell how many are left; None finds the model's own.
@@ -73,12 +73,9 @@ def count_checkpoint(
     zeros = prunable = 0
     valid = None if n_of_m is None else True
     for index in track(range(len(skeleton.blocks)), "Counting what was written"):
-        prefix, matrices = skeleton.block_prefix(index), _prunable(checkpoint, index)
-        stored = checkpoint.read({prefix + matrix.parameter for matrix in matrices})
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        for weight_OI in (matrix.of(tensors) for matrix in matrices):
+        for weight_OI in _matrices(checkpoint, index):
             prunable += weight_OI.numel()
-            zeros += int((weight_OI == 0).sum())
+            zeros += weight_OI.numel() - int(weight_OI.count_nonzero())
             if n_of_m is not None and (blocks is None or kept[index] in blocks):
                 valid = valid and _keeps_at_most(weight_OI, n_of_m.keep, n_of_m.group)
     return Count(
@@ -89,6 +86,18 @@ def count_checkpoint(
         units=_units(checkpoint, groups, kept),
         valid_n_of_m=valid,
     )
+
+
+def _matrices(checkpoint: Checkpoint, index: int) -> Iterator[torch.Tensor]:
+    """The prunable matrices ``(O, I)`` of one block; one parameter in memory at a time."""
+    by_parameter: dict[str, list[BlockMatrix]] = {}
+    for matrix in _prunable(checkpoint, index):
+        by_parameter.setdefault(matrix.parameter, []).append(matrix)
+    prefix = checkpoint.skeleton.block_prefix(index)
+    for parameter, matrices in by_parameter.items():
+        tensors = {parameter: checkpoint.read([prefix + parameter])[prefix + parameter]}
+        for matrix in matrices:
+            yield matrix.of(tensors)
 
 
 def _prunable(checkpoint: Checkpoint, index: int) -> list[BlockMatrix]:
