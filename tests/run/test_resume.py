@@ -97,6 +97,16 @@ def test_what_died_anywhere_is_finished_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("same_process")
+def test_a_run_with_an_evaluation(llama_folder, windows_file, tmp_path, monkeypatch):
+    fields = dict(unit="channel", calibration=str(windows_file), evaluate_on=str(windows_file))
+    secateur.prune(str(llama_folder), tmp_path / "straight", **fields)
+    with dying_at(monkeypatch, run, "write_card", 1, Died()):
+        secateur.prune(str(llama_folder), tmp_path / "out", **fields)
+    secateur.prune(str(llama_folder), tmp_path / "out", **fields)
+    assert different(tmp_path / "straight", tmp_path / "out") == []
+
+
+@pytest.mark.usefixtures("same_process")
 def test_what_was_done_is_not_done_again(llama_folder, windows_file, tmp_path, monkeypatch, command):
     words = [
         "prune",
@@ -424,6 +434,19 @@ def test_unfinished_plans_are_nobodys_after_a_week(tmp_path):
     runfolder.trim_unfinished(tmp_path / "unfinished")
     lock.release()
     assert sorted(place.name for place in (tmp_path / "unfinished").iterdir()) == ["held", "new"]
+
+
+def test_what_killed_processes_left_in_the_cache_goes(tmp_path):
+    from secateur.blockstore import trim_cache
+
+    old, new = (tmp_path / "scores" / "x" / f".block-0001.safetensors.{name}" for name in ("aaaaaaaa", "bbbbbbbb"))
+    old.parent.mkdir(parents=True)
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    trim_cache(tmp_path)
+    assert not old.exists()
+    assert new.exists()
 
 
 # -- the lock

@@ -50,7 +50,8 @@ def fresh_logits(folder: Path, inputs: torch.Tensor | ModelInputs, remote_code: 
         ResourceError: there is not the memory to load it.
     """
     loader = loader_for(load_config(folder, remote_code)).__name__
-    with tempfile.TemporaryDirectory() as scratch:
+    place = folder.resolve() / "scratch"  # a run's own, where it has one: what a kill leaves there is found again
+    with tempfile.TemporaryDirectory(dir=place if place.is_dir() else None) as scratch:
         given, result = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in named_inputs(inputs).items()}, given)
         remote = "yes" if remote_code else "no"
