@@ -488,6 +488,37 @@ def test_a_lock_on_a_folder_that_is_gone_is_none(tmp_path):
     assert not FolderLock(tmp_path / "gone" / ".lock").acquire()
 
 
+# -- how far it came
+
+
+def test_how_far_a_run_came_in_words(tmp_path):
+    def touch(place: str, age: int) -> None:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+        os.utime(tmp_path / place, (1000 - age, 1000 - age))
+
+    def words() -> str:
+        return resuming.read_progress(tmp_path).in_words()
+
+    assert words() == ""
+    resuming.note_finished(tmp_path, 3, 12)
+    assert words() == "3 of 12 blocks were finished"
+    os.utime(tmp_path / "finished.json", (900, 900))
+    touch("round-1/plan.json", 50)
+    assert words() == "1 round was finished"
+    resuming.note_finished(tmp_path / "round-2", 0, 12)
+    assert words() == "1 round and 0 of 12 blocks were finished"
+    os.utime(tmp_path / "round-2" / "finished.json", (960, 960))
+    touch("round-2/plan.json", 30)
+    assert words() == "2 rounds were finished"
+    touch("decision/plan.json", 20)
+    assert words() == "what leaves was decided"
+    resuming.note_finished(tmp_path, 5, 12)
+    assert words() == "what leaves was decided, and 5 of 12 blocks were finished"
+    (tmp_path / "finished.json").write_text("torn")
+    assert words() == "what leaves was decided"
+
+
 # -- differences
 
 
