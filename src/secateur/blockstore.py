@@ -16,11 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from secateur.console import log
-from secateur.files import atomic_file, human_bytes
+from secateur.files import atomic_file, human_bytes, remove_temporaries
 
 FORMAT = 1
 LIMIT = 20 * 1024**3
 """How much the cache of scores and statistics may hold; the least recently used go first."""
+ABANDONED_AFTER = 24 * 3600
+"""Seconds after which a file that was never finished is one that a killed process left."""
 
 
 class BlockStore:
@@ -75,7 +77,9 @@ class BlockStore:
 
 
 def trim_cache(root: Path, limit: int = LIMIT) -> None:
-    """Remove the least recently used stores until the rest fit in ``limit`` bytes."""
+    """Remove the least recently used stores until the rest fit in ``limit`` bytes, and what killed processes left."""
+    for folder in (root, *(item for item in root.rglob("*") if item.is_dir())):
+        remove_temporaries(folder, older_than=ABANDONED_AFTER)
     ages, sizes = {}, {}
     for folder in (folder for kind in ("scores", "gradients") for folder in (root / kind).glob("*")):
         with contextlib.suppress(FileNotFoundError):  # another run may be writing or trimming

@@ -21,8 +21,9 @@ from secateur.loading import load
 from secateur.recipe import recipe_from
 from secateur.recovering import recover_folder
 from secateur.recovery import LoraSettings
+from secateur.resuming import present_settings, read_start, source_digest
 from secateur.run import prune
-from secateur.runfolder import RUN_FILE
+from secateur.runfolder import RUN_FILE, absolute, partial_of
 
 PROMPT = "The three most important things to know about growing apple trees are"
 
@@ -90,7 +91,12 @@ def run_demo(out: Path, quick: bool = False) -> None:
 
 
 def _stale(folder: Path) -> bool:
-    """Whether ``folder`` is a result of another version, which the demo may replace."""
+    """Whether ``folder`` is a result of another version, or unfinished work of other code, which the demo may replace."""
+    left = read_start(partial_of(absolute(folder)))
+    if left is not None and left.goes_on:
+        here = left.settings.bound() == present_settings(left.settings.micro_batch).bound()
+        if not here or left.identity.get("code") != source_digest():
+            return True
     try:
         record = json.loads((folder / RECORD / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,13 +90,19 @@ def sync_tree(folder: Path) -> None:
         sync(Path(place))
 
 
-def remove_temporaries(folder: Path, name: str = "*") -> None:
-    """Remove what ``atomic_file`` leaves of ``name`` in ``folder`` when its process is killed."""
+def remove_temporaries(folder: Path, name: str = "*", older_than: float = 0) -> None:
+    """Remove what ``atomic_file`` and ``atomic_folder`` leave of ``name`` in ``folder`` when their process is killed.
+
+    ``older_than``: seconds; where others may be writing, only what none of them can still be at.
+    """
     for file in folder.glob(f".{name}.????????"):
-        if file.is_dir():
-            shutil.rmtree(file, ignore_errors=True)
-        else:
-            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            if older_than and time.time() - file.stat().st_mtime < older_than:
+                continue
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                file.unlink(missing_ok=True)
 
 
 def sha256_of_file(path: Path) -> str:

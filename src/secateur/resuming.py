@@ -20,7 +20,9 @@ from secateur.console import log
 from secateur.errors import OutputError
 from secateur.files import write_json
 
-STARTED, FINISHED, DECISION = "started.json", "finished.json", "decision"
+STARTED, FINISHED, PLAN = "started.json", "finished.json", "plan.json"
+DECISION, ROUND = "decision", "round-"
+"""Folders under ``scratch``: the plan when it is made, and each finished round of several."""
 FORMAT = 1
 
 
@@ -175,13 +177,50 @@ def note_finished(scratch: Path, finished: int, of: int) -> None:
     write_json(scratch / FINISHED, {"finished": finished, "of": of})
 
 
-def finished_blocks(scratch: Path) -> tuple[int, int] | None:
-    """What ``note_finished`` said last."""
+@dataclass(frozen=True)
+class Progress:
+    """How far an unfinished run came.
+
+    Attributes:
+        decided: what leaves is decided.
+        rounds: how many rounds of several are.
+        finished: blocks of what was being done, by ``note_finished``.
+        of: how many it has; 0 where nobody said.
+    """
+
+    decided: bool
+    rounds: int
+    finished: int
+    of: int
+
+    def in_words(self) -> str:
+        """``1 round and 3 of 12 blocks were finished``; nothing where nothing is known."""
+        blocks = f"{self.finished} of {self.of} blocks" if self.of else ""
+        if self.decided:
+            return "what leaves was decided" + (f", and {blocks} were finished" if blocks else "")
+        rounds = f"{self.rounds} round{'' if self.rounds == 1 else 's'}" if self.rounds else ""
+        what = " and ".join(filter(None, [rounds, blocks]))
+        return what and f"{what} {'was' if self.rounds == 1 and not blocks else 'were'} finished"
+
+
+def read_progress(scratch: Path) -> Progress:
+    """What ``scratch`` says of the attempts before."""
+    decision = scratch / DECISION / PLAN
+    rounds = list(scratch.glob(f"{ROUND}*/{PLAN}"))
+    settled = max((file.stat().st_mtime_ns for file in (decision, *rounds) if file.is_file()), default=0)
+    # What was noted before the last decision was about what led to it.
+    notes = [file for file in (scratch / FINISHED, *scratch.glob(f"{ROUND}*/{FINISHED}")) if file.is_file()]
+    newest = max(notes, key=lambda file: file.stat().st_mtime_ns, default=None)
+    finished, of = _blocks_in(newest) if newest is not None and newest.stat().st_mtime_ns > settled else (0, 0)
+    return Progress(decision.is_file(), len(rounds), finished, of)
+
+
+def _blocks_in(file: Path) -> tuple[int, int]:
     try:
-        content = json.loads((scratch / FINISHED).read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
         return int(content["finished"]), int(content["of"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return 0, 0
 
 
 # -- differences

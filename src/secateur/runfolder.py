@@ -22,7 +22,7 @@ from secateur.console import event, log, say
 from secateur.errors import OutputError, ResourceError, SecateurError, Stopped, reason_of
 from secateur.files import full_disk_is_an_error, remove_temporaries, sync
 from secateur.lock import FolderLock
-from secateur.resuming import DECISION, STARTED, Settings, Start, applied, finished_blocks, read_start
+from secateur.resuming import STARTED, Settings, Start, applied, read_progress, read_start
 from secateur.runlog import EVENT_LOG, TEXT_LOG, log_files
 
 RUN_FILE = "run.json"
@@ -195,11 +195,9 @@ def _attempt(work: Work) -> Iterator[None]:
 
 def say_going_on(work: Work) -> None:
     """One sentence that says how far the earlier attempts came."""
-    finished, of = finished_blocks(work.scratch) or (0, 0)
-    far = f"{finished} of {of} blocks were finished" if of else "no block was finished yet"
-    if (work.scratch / DECISION).is_dir():
-        far = "what leaves was decided" + (f", and {far}" if of else "")
-    say(f"Going on with {work.folder}: {far}.", "going on", finished=finished, of=of)
+    progress = read_progress(work.scratch)
+    far = progress.in_words()
+    say(f"Going on with {work.folder}{': ' if far else ''}{far}.", "going on", **asdict(progress))
 
 
 def _begin(folder: Path, start: Start, overwrite: bool) -> Work:

@@ -18,7 +18,7 @@ from secateur.realise import Realisation
 from secateur.recipe import Recipe
 from secateur.removal.composition import compose
 from secateur.removal.decision import BlockDecision, Removals, model_cut
-from secateur.resuming import DECISION
+from secateur.resuming import DECISION, ROUND
 from secateur.structure import Structure
 
 
@@ -63,7 +63,7 @@ def _plan_in_steps(dense: Planner) -> Plan:
         part = goal.part(step, steps, blocks, _by_pool(chosen))
         if goal.leaving and not any(part.leaving.values()):
             continue
-        scratch = dense.workplace.scratch / f"round-{step}"
+        scratch = dense.workplace.scratch / f"{ROUND}{step}"
         kept = kept_plan(scratch / PLAN_FILE, recipe)
         if kept is not None:
             log.info("Round %d of %d was finished before.", step, steps)

@@ -97,6 +97,16 @@ def test_what_died_anywhere_is_finished_with_the_same_bytes(
 
 
 @pytest.mark.usefixtures("same_process")
+def test_a_run_with_an_evaluation(llama_folder, windows_file, tmp_path, monkeypatch):
+    fields = dict(unit="channel", calibration=str(windows_file), evaluate_on=str(windows_file))
+    secateur.prune(str(llama_folder), tmp_path / "straight", **fields)
+    with dying_at(monkeypatch, run, "write_card", 1, Died()):
+        secateur.prune(str(llama_folder), tmp_path / "out", **fields)
+    secateur.prune(str(llama_folder), tmp_path / "out", **fields)
+    assert different(tmp_path / "straight", tmp_path / "out") == []
+
+
+@pytest.mark.usefixtures("same_process")
 def test_what_was_done_is_not_done_again(llama_folder, windows_file, tmp_path, monkeypatch, command):
     words = [
         "prune",
@@ -426,6 +436,19 @@ def test_unfinished_plans_are_nobodys_after_a_week(tmp_path):
     assert sorted(place.name for place in (tmp_path / "unfinished").iterdir()) == ["held", "new"]
 
 
+def test_what_killed_processes_left_in_the_cache_goes(tmp_path):
+    from secateur.blockstore import trim_cache
+
+    old, new = (tmp_path / "scores" / "x" / f".block-0001.safetensors.{name}" for name in ("aaaaaaaa", "bbbbbbbb"))
+    old.parent.mkdir(parents=True)
+    for file in (old, new):
+        file.touch()
+    os.utime(old, (time.time() - 2 * 24 * 3600,) * 2)
+    trim_cache(tmp_path)
+    assert not old.exists()
+    assert new.exists()
+
+
 # -- the lock
 
 HOLDER = """
@@ -463,6 +486,37 @@ def test_the_lock_dies_with_its_holder(child, tmp_path):
 
 def test_a_lock_on_a_folder_that_is_gone_is_none(tmp_path):
     assert not FolderLock(tmp_path / "gone" / ".lock").acquire()
+
+
+# -- how far it came
+
+
+def test_how_far_a_run_came_in_words(tmp_path):
+    def touch(place: str, age: int) -> None:
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).touch()
+        os.utime(tmp_path / place, (1000 - age, 1000 - age))
+
+    def words() -> str:
+        return resuming.read_progress(tmp_path).in_words()
+
+    assert words() == ""
+    resuming.note_finished(tmp_path, 3, 12)
+    assert words() == "3 of 12 blocks were finished"
+    os.utime(tmp_path / "finished.json", (900, 900))
+    touch("round-1/plan.json", 50)
+    assert words() == "1 round was finished"
+    resuming.note_finished(tmp_path / "round-2", 0, 12)
+    assert words() == "1 round and 0 of 12 blocks were finished"
+    os.utime(tmp_path / "round-2" / "finished.json", (960, 960))
+    touch("round-2/plan.json", 30)
+    assert words() == "2 rounds were finished"
+    touch("decision/plan.json", 20)
+    assert words() == "what leaves was decided"
+    resuming.note_finished(tmp_path, 5, 12)
+    assert words() == "what leaves was decided, and 5 of 12 blocks were finished"
+    (tmp_path / "finished.json").write_text("torn")
+    assert words() == "what leaves was decided"
 
 
 # -- differences

@@ -49,7 +49,8 @@ def fresh_logits(
         limit = (memory_available() or 2 * needed) // 2
     if needed > limit:
         log.info("In float32 it would take %s; it is checked one module at a time.", human_bytes(needed))
-    with tempfile.TemporaryDirectory() as scratch:
+    place = folder.resolve() / "scratch"  # a run's own, where it has one: what a kill leaves there is found again
+    with tempfile.TemporaryDirectory(dir=place if place.is_dir() else None) as scratch:
         given, result = Path(scratch) / "inputs.safetensors", Path(scratch) / "logits.safetensors"
         save_file({name: tensor.contiguous() for name, tensor in named_inputs(inputs).items()}, given)
         offload = str(Path(scratch) / "offload") if needed > limit else ""
