@@ -157,7 +157,15 @@ FLAGS: dict[str, Any] = {
     "memory": Annotated[
         str | None,
         typer.Option(
-            help="What block inputs and kept activations may take; the rest goes to disk or is computed again. [default: 2GiB]",
+            help="What the run may take at most, such as 4GiB; what does not fit goes to disk or is computed again, to the same "
+            "result. [default: most of what is free]",
+            show_default=False,
+        ),
+    ],
+    "device": Annotated[
+        str | None,
+        typer.Option(
+            help="auto (a GPU where there is one), cpu, cuda or cuda:N. On a GPU blocks compute in bfloat16. [default: auto]",
             show_default=False,
         ),
     ],

@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 import weakref
 from pathlib import Path
 
 from secateur.console import log
+
+PAUSE = 0.02
+"""Seconds between two tries."""
 
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
@@ -45,6 +49,11 @@ class FolderLock:
         self._descriptor = descriptor
         _held.add(self)
         return True
+
+    def wait(self) -> None:
+        """Take the lock when it is free; for moments in which processes of one run would step on each other's toes."""
+        while not self.acquire():
+            time.sleep(PAUSE)
 
     def release(self) -> None:
         """Let go; the file stays, because removing it would let two others lock different files of the same name."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import resource
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
+
+LOOK_EVERY = 0.002
+"""Seconds between two looks at the memory."""
 
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 
@@ -17,6 +22,25 @@ def memory_now() -> int:
 def memory_peak() -> int:
     """Bytes of this process in memory at most so far."""
     return _status("VmHWM") or _usage()
+
+
+def peak_of(work: Callable[[], None]) -> int:
+    """Bytes that ``work`` takes at most beside what the process has already, by looking often."""
+    before, highest, done = memory_now(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(LOOK_EVERY):
+            highest = max(highest, memory_now())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(0, highest - before)
 
 
 def memory_available() -> int | None:

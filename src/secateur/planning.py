@@ -26,14 +26,19 @@ from secateur.console import log, track
 from secateur.errors import RecipeError
 from secateur.identities import calibration_identity, calibration_windows, model_identity
 from secateur.plans import Plan
+from secateur.preflight import Estimate, Preflight, limit_of
 from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
+from secateur.resuming import note_finished
 from secateur.scoring import BlockScorer, weight_scores
 from secateur.statistics import Statistic, add_states, as_states, gradient_kinds
 from secateur.statistics.half import halved, whole
 from secateur.structure import OUTSIDE, Structure, cut_shapes, find_all_units
 from secateur.sweep import BlockStatistics, Queries, Sweep, SweepSettings, Visit
 from secateur.workers import ALONE, Workers
+
+DECISIONS = "decisions"
+"""The folder of what has been decided, a file a block."""
 
 KEPT_SCORES = 4 * 1024**3
 """Bytes of weights' scores that are kept for another ratio; beyond, masks are decided on the way."""
@@ -48,12 +53,16 @@ class Workplace:
         cache: for what later runs can use; None: nowhere.
         placement: where blocks compute.
         workers: the processes that share the windows.
+        memory: bytes for what may be kept between blocks.
+        micro_batch: windows at once, where it is not what the recipe says.
     """
 
     scratch: Path
     cache: Path | None
     placement: Placement = HERE
     workers: Workers = ALONE
+    memory: int = 0
+    micro_batch: int | None = None
 
 
 class Planner:
@@ -100,8 +109,22 @@ class Planner:
 
     @cached_property
     def windows(self) -> TokenWindows:
-        """The calibration windows; opened when first needed."""
-        return calibration_windows(self.checkpoint, self.recipe, self.workplace.cache)
+        """The calibration windows; opened when first needed, by one worker for all."""
+        workers = self.workplace.workers
+        opened = calibration_windows(self.checkpoint, self.recipe, self.workplace.cache) if workers.leads else None
+        return workers.first(opened)
+
+    def estimate(self, out: Path | None) -> Estimate:
+        """What gathering, scoring and, with ``out``, writing will take on this machine."""
+        place, recipe = self.workplace, self.recipe
+        count, length = self.windows.ids_NT.shape if self.criterion.needs() else (1, 1)
+        kept = 4 * self._maskable() if recipe.masks_weights and self._keeps_scores else 0
+        of_this = (max(1, len(place.workers.share(count))), length)
+        micro_batch = place.micro_batch or recipe.micro_batch
+        limit = limit_of(recipe, place.workers.size)
+        return Preflight(
+            self.checkpoint, recipe, place.placement, micro_batch, of_this, kept, out is not None, limit
+        ).estimate()
 
     def plan(self) -> Plan:
         """Gather, score and choose."""
@@ -111,6 +134,8 @@ class Planner:
             recipe=self.recipe,
             calibration=calibration_identity(self.windows) if needs else None,
         )
+        workers = self.workplace.workers
+        plan.keep_in(self.workplace.scratch / (DECISIONS if workers.leads else f"{DECISIONS}-{workers.rank}"))
         # Gradients of the loss are always the dense model's; a block's own come from its inputs, as input statistics do.
         beforehand = gradient_kinds(needs) if self.recipe.gradient != "block" else frozenset()
         if self.recipe.propagate == "pruned" and needs - beforehand:
@@ -119,7 +144,7 @@ class Planner:
             self._choose_in_dense(plan, needs)
         else:
             self._choose_from_scores(plan, self._dense_scores(needs))
-        if self.workplace.cache is not None:
+        if self.workplace.cache is not None and workers.leads:
             trim_cache(self.workplace.cache)
         plan.notes = self.chooser.notes
         if self.goal is None and not plan.removes_anything():
@@ -195,6 +220,7 @@ class Planner:
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
             if self.workplace.workers.leads:
                 store.put(index, self._scorer(index, block, statistics).everything(self.chooser.groups(index)))
+                self._note_finished(missing, index)
 
         self._visit_dense(needs, missing, visit)
         self.workplace.workers.wait()
@@ -229,12 +255,13 @@ class Planner:
 
     def _choose_in_dense(self, plan: Plan, needs: frozenset[type[Statistic]]) -> None:
         """Every block's choice while its statistics are there; nothing of it but the masks outlives the visit."""
-        missing = [index for index in self.blocks if index not in plan.decided()]
+        missing = self._undecided(plan)
         if missing:
             weights = WeightChooser(self.recipe, list)
 
             def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
                 self._decide(plan, weights, index, block, statistics)
+                self._note_finished(missing, index)
 
             self._visit_dense(needs, missing, visit)
 
@@ -242,7 +269,7 @@ class Planner:
         self, plan: Plan, on_the_way: frozenset[type[Statistic]], beforehand: frozenset[type[Statistic]]
     ) -> None:
         """Block by block, each on what the pruned blocks before it give."""
-        missing = [index for index in self.blocks if index not in plan.decided()]
+        missing = self._undecided(plan)
         if not missing:
             return
         gradients = self._gradients(beforehand) if beforehand else None
@@ -252,7 +279,8 @@ class Planner:
             if gradients is not None:
                 add_states(statistics, whole(gradients.get(index)), beforehand)
             decision = self._decide(plan, weights, index, block, statistics)
-            return decision.in_dense_shapes(block.state_dict())
+            self._note_finished(missing, index)
+            return decision.in_dense_shapes(block.state_dict(), in_place=True)
 
         self._sweep().pruned(on_the_way, self.blocks, visit, done=min(missing))
 
@@ -310,12 +338,24 @@ class Planner:
             def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
                 if self.workplace.workers.leads:
                     store.put(index, halved(as_states(statistics)))
+                    self._note_finished(missing, index)
 
             self._visit_dense(kinds, missing, visit)
             self.workplace.workers.wait()
         else:
             log.info("Using the gradients kept from an earlier run.")
         return store
+
+    def _undecided(self, plan: Plan) -> list[int]:
+        """The blocks that no earlier attempt has decided."""
+        return self.workplace.workers.first([index for index in self.blocks if index not in plan.decided()])
+
+    def _note_finished(self, missing: list[int], index: int) -> None:
+        """Say how far this part is, for whoever goes on should it be killed."""
+        if self.workplace.workers.leads:
+            if index in missing:
+                missing.remove(index)
+            note_finished(self.workplace.scratch, len(self.blocks) - len(missing), len(self.blocks))
 
     def _scorer(self, index: int, block: nn.Module, statistics: BlockStatistics) -> BlockScorer:
         return BlockScorer(self.checkpoint.skeleton, index, block, statistics, self.recipe)
@@ -331,7 +371,9 @@ class Planner:
 
     def _sweep(self) -> Sweep:
         place, recipe = self.workplace, self.recipe
-        settings = SweepSettings(recipe.micro_batch, recipe.memory_bytes, place.scratch, place.placement, place.workers)
+        settings = SweepSettings(
+            place.micro_batch or recipe.micro_batch, place.memory, place.scratch, place.placement, place.workers
+        )
         if recipe.gradient is not None:
             settings = replace(settings, gradient=recipe.gradient)
         if recipe.queries is not None and recipe.perturbation is not None:
@@ -344,7 +386,7 @@ class Planner:
         key: dict[str, Any] = {
             "model": self.checkpoint.content_hash,
             "windows": self.windows.sha256 if needs else None,
-            "micro_batch": recipe.micro_batch,
+            "micro_batch": self.workplace.micro_batch or recipe.micro_batch,
             "threads": torch.get_num_threads(),
             "workers": self.workplace.workers.size,
             "device": str(self.workplace.placement),

@@ -246,7 +246,8 @@ class Plan(_Strict):
 
     def _belongs_to(self) -> str:
         """The digest of what the decisions depend on."""
-        given = self.model_dump(mode="json", include={"secateur", "model", "recipe", "calibration"})
+        given = self.model_dump(mode="json", include={"secateur", "model", "calibration"})
+        given["recipe"] = self.recipe.model_dump(mode="json", exclude={"memory", "device"})
         return hashlib.sha256(json.dumps(given, sort_keys=True).encode()).hexdigest()
 
 

@@ -68,7 +68,9 @@ class Recipe(BaseModel):
         seed: of everything random.
         micro_batch: windows that run through a block at once. One, as the published codes do, gives their roundings too:
             under pruned propagation a flipped near-tie changes all later blocks a little.
-        memory: what block inputs and kept activations may take, for example ``2GiB``.
+        memory: what the whole run may take, for example ``4GiB``; by default most of what is free. What does not fit goes to
+            disk or is computed again; it changes no result.
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
         trust_remote_code: run code that comes with the model.
     """
 
@@ -96,7 +98,8 @@ class Recipe(BaseModel):
     window_length: int | None = Field(default=None, ge=2, le=1_000_000)
     seed: int = Field(default=0, ge=0, lt=2**63)
     micro_batch: int = Field(default=1, ge=1)
-    memory: str = "2GiB"
+    memory: str | None = None
+    device: str = "auto"
     trust_remote_code: bool = False
 
     @field_validator("unit", mode="before")
@@ -107,13 +110,16 @@ class Recipe(BaseModel):
     @field_validator("memory", mode="before")
     @classmethod
     def _memory_text(cls, value: Any) -> Any:
-        return str(value)
+        return None if value is None else str(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         criterion = criterion_from(self.criterion)
         object.__setattr__(self, "criterion", str(criterion))
-        parse_bytes(self.memory)
+        if self.memory is not None:
+            parse_bytes(self.memory)
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
+            raise RecipeError(f"--device is auto, cpu, cuda or cuda:N, not '{self.device}'")
         if self.blocks is not None and not re.fullmatch(r"[0-9]*:[0-9]*", self.blocks):
             raise RecipeError(f"--blocks is FIRST:LAST such as 4:30, not '{self.blocks}'")
         self._check_units()
@@ -244,8 +250,9 @@ class Recipe(BaseModel):
         return DEFAULT_MASK_RATIO if self.ratio is None else self.ratio
 
     @property
-    def memory_bytes(self) -> int:
-        return parse_bytes(self.memory)
+    def memory_bytes(self) -> int | None:
+        """The memory that was given; None: what is free."""
+        return None if self.memory is None else parse_bytes(self.memory)
 
     def parsed_target(self) -> Target | None:
         """The target, where one was given."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 
+from secateur.checkpoint.placement import HERE, Placement
 from secateur.console import log
 from secateur.errors import OutputError
 from secateur.files import write_json
@@ -52,12 +52,12 @@ class Settings:
         return {name: content[name] for name in ("device", "torch", "transformers", "processor", "capability")}
 
 
-def present_settings(micro_batch: int) -> Settings:
+def present_settings(micro_batch: int, placement: Placement = HERE, workers: int = 1) -> Settings:
     """The settings of a run that begins here and now."""
     return Settings(
         micro_batch=micro_batch,
-        device="cpu",
-        workers=int(os.environ.get("WORLD_SIZE", "1")),
+        device=placement.describe(),
+        workers=workers,
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         transformers=transformers.__version__,

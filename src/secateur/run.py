@@ -16,10 +16,12 @@ import secateur
 from secateur.calibration import fingerprint, text_windows
 from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD
+from secateur.checkpoint.placement import Placement, placement_for
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.console import event, log
-from secateur.errors import OutputError, PlanError, SecateurError, reason_of
+from secateur.errors import OutputError, PlanError, SecateurError
 from secateur.files import cache_folder, full_disk_is_an_error, remove_temporaries, sync_tree, write_json
+from secateur.hub import push_folder
 from secateur.planning import Workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
@@ -27,7 +29,7 @@ from secateur.recipe import Recipe
 from secateur.report.card import pruned_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
 from secateur.report.words import asked, notes_in_words, reached
-from secateur.resuming import Start, present_settings, read_start, source_digest
+from secateur.resuming import Start, applied, present_settings, read_start, source_digest
 from secateur.runfolder import (
     RUN_FILE,
     Work,
@@ -42,6 +44,11 @@ from secateur.runfolder import (
 )
 from secateur.runlog import EVENT_LOG, attempts, read_events, stage_seconds
 from secateur.stepping import make_decision
+from secateur.structure import Structure
+from secateur.workers import ALONE, Workers, alone, join
+
+WRITING = "writing"
+"""The folder of what has been written, a line a block."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,11 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
         out: a ``.json`` file, or a folder that will hold ``plan.json``; None saves nothing.
     """
     began = time.monotonic()
+    alone("plan")
     checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
-    start = Start(_identity("plan", recipe, checkpoint, out=str(out)), present_settings(recipe.micro_batch))
+    placement = placement_for(recipe.device, checkpoint.dtype)
+    settings = present_settings(recipe.micro_batch, placement)
+    start = Start(_identity("plan", recipe, checkpoint, out=str(out)), settings)
     place = unfinished_place(cache_folder(), start)
     made = _same_plan(out, recipe, checkpoint.content_hash) if out is not None and not overwrite else None
     if made is not None:
@@ -78,7 +88,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
         )
     file = _plan_file(out, overwrite, goes_on=read_start(place) is not None)
     with cached_work(place, start) as work:
-        plan, structure = make_decision(checkpoint, recipe, Workplace(work.scratch, cache_folder()))
+        plan, structure = decide(checkpoint, recipe, work, placement)
         realisation = Realisation(checkpoint, plan, structure)
         realisation.announce()
         before, after = realisation.sizes()
@@ -93,12 +103,12 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
 
 
 def _identity(command: str, recipe: Recipe, checkpoint: Checkpoint, **more: Any) -> dict[str, Any]:
-    """What the result depends on. ``memory`` is left out: it decides what goes to disk, and changes no bit."""
+    """What the result depends on. ``memory`` decides what goes to disk and changes no bit; the device is a setting."""
     return {
         "command": command,
         "version": secateur.__version__,
         "code": source_digest(),
-        "recipe": recipe.model_dump(mode="json", exclude={"memory"}),
+        "recipe": recipe.model_dump(mode="json", exclude={"memory", "device"}),
         "model": checkpoint.content_hash,
         "calibration": fingerprint(recipe.calibration) if recipe.parsed_criterion().needs() else None,
         **more,
@@ -120,21 +130,55 @@ def prune(
     Args:
         other_workers: go on although the run was begun with another number of workers.
     """
-    out = absolute(out)
+    workers = join()
     checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
+    checkpoint.take_hash(workers.first(checkpoint.content_hash if workers.leads else None))
+    placement = placement_for(recipe.device, checkpoint.dtype)
+    if not workers.leads:
+        return _follow(checkpoint, recipe, placement, workers)
+    out = absolute(out)
     check_apart(out, checkpoint.folder, recipe.calibration, evaluate_on)
     if evaluate_on is not None:
         text_windows(evaluate_on, checkpoint.folder, max_windows=1)  # refused now, not after all the work
     evaluated = [evaluate_on, fingerprint(evaluate_on)] if evaluate_on else None
     identity = _identity("prune", recipe, checkpoint, evaluate_on=evaluated)
-    start = Start(identity, present_settings(recipe.micro_batch), overwrite, other_workers=other_workers)
+    settings = present_settings(recipe.micro_batch, placement, workers.size)
+    start = Start(identity, settings, overwrite, other_workers=other_workers)
     if finished_before(out, start, overwrite):
+        workers.first(None)
         return already_complete(out, push_to_hub)
     with timed_run(out, overwrite, start) as (work, record):
+        workers.first(work)
         with stage("choosing"):
-            plan, structure = make_decision(checkpoint, recipe, Workplace(work.scratch, cache_folder()))
-        _carry_out(Realisation(checkpoint, plan, structure), work.folder, record, evaluate_on)
+            plan, structure = decide(checkpoint, recipe, work, placement, workers, work.folder)
+        _carry_out(Realisation(checkpoint, plan, structure), work, record, evaluate_on, workers)
     return finished(out, record, push_to_hub)
+
+
+def _follow(checkpoint: Checkpoint, recipe: Recipe, placement: Placement, workers: Workers) -> Result:
+    """What every worker does but the one that leads: measure on its windows, choose in its matrices, write its blocks."""
+    work: Work | None = workers.first(None)
+    if work is None:
+        return Result(None, complete_before=True)
+    with applied(work.settings):
+        plan, structure = decide(checkpoint, recipe, work, placement, workers, work.folder)
+        realisation = Realisation(checkpoint, plan, structure)
+        realisation.write_share(work.folder, work.scratch / WRITING, (workers.rank, workers.size))
+        workers.wait()
+    return Result(None)
+
+
+def decide(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    work: Work,
+    placement: Placement,
+    workers: Workers = ALONE,
+    out: Path | None = None,
+) -> tuple[Plan, Structure]:
+    """What leaves, decided in ``work`` with the settings that were fixed there; ``out`` is where it will be carried out."""
+    place = Workplace(work.scratch, cache_folder(), placement, workers, micro_batch=work.settings.micro_batch)
+    return make_decision(checkpoint, recipe, place, out, work.fix_micro_batch)
 
 
 def apply(
@@ -150,6 +194,7 @@ def apply(
     Args:
         model: where the plan's model is now, if not where the plan says.
     """
+    alone("apply")
     plan = load_plan(plan_path)
     out = absolute(out)
     if plan.recipe.trust_remote_code and not trust_remote_code:
@@ -176,7 +221,7 @@ def apply(
     if finished_before(out, start, overwrite):
         return already_complete(out, push_to_hub)
     with timed_run(out, overwrite, start) as (work, record):
-        _carry_out(realisation, work.folder, record, None)
+        _carry_out(realisation, work, record, None)
     return finished(out, record, push_to_hub)
 
 
@@ -208,11 +253,19 @@ def stage(name: str) -> Iterator[None]:
     event("stage finished", stage=name)
 
 
-def _carry_out(realisation: Realisation, partial: Path, record: dict[str, Any], evaluate_on: str | None) -> None:
-    plan, recipe = realisation.plan, realisation.plan.recipe
+def _carry_out(
+    realisation: Realisation,
+    work: Work,
+    record: dict[str, Any],
+    evaluate_on: str | None,
+    workers: Workers = ALONE,
+) -> None:
+    plan, recipe, partial = realisation.plan, realisation.plan.recipe, work.folder
     realisation.announce()
     with stage("writing"):
-        realisation.write(partial)
+        realisation.write_share(partial, work.scratch / WRITING, (workers.rank, workers.size))
+        workers.wait()
+        realisation.finish(partial, work.scratch / WRITING)
     plan.save(partial / RECORD / PLAN_FILE)
     (partial / RECORD / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     record |= _plan_record(plan, realisation)
@@ -306,21 +359,3 @@ def finished(out: Path, record: dict[str, Any], push: str | None) -> Result:
     if push:
         push_folder(out, push)
     return Result(out, record)
-
-
-def push_folder(folder: Path, repository: str) -> None:
-    """Upload a finished folder with huggingface_hub.
-
-    Raises:
-        OutputError: the hub refuses or cannot be reached; the folder stays.
-    """
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder)
-    except Exception as error:
-        reason = reason_of(error)
-        raise OutputError(f"{folder} is finished, but could not be pushed to {repository}: {reason}") from error
-    log.info("Pushed to https://huggingface.co/%s", repository)

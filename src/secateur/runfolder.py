@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,12 @@ class Work:
     @property
     def record(self) -> Path:
         return self.folder / RECORD
+
+    def fix_micro_batch(self, micro_batch: int) -> None:
+        """Note that every attempt has to run with this micro-batch: the one asked for was too large for the device."""
+        start = read_start(self.folder)
+        if start is not None:
+            replace(start, settings=replace(start.settings, micro_batch=micro_batch)).write(self.folder)
 
 
 @contextmanager

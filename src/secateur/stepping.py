@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from secateur.allocation.pools import Key
@@ -14,29 +15,65 @@ from secateur.errors import ModelError, PlanError
 from secateur.identities import model_identity
 from secateur.planning import Planner, Workplace, removes_nothing
 from secateur.plans import PLAN_FILE, Plan, load_plan
+from secateur.preflight import refuse_what_cannot_fit
 from secateur.realise import Realisation
 from secateur.recipe import Recipe
 from secateur.removal.composition import compose
 from secateur.removal.decision import BlockDecision, Removals, model_cut
 from secateur.resuming import DECISION, ROUND
+from secateur.runlog import say
 from secateur.structure import Structure
+from secateur.workers import Workers
 
 
-def make_decision(checkpoint: Checkpoint, recipe: Recipe, workplace: Workplace) -> tuple[Plan, Structure]:
+def make_decision(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    workplace: Workplace,
+    out: Path | None = None,
+    fix: Callable[[int], None] = lambda micro_batch: None,
+) -> tuple[Plan, Structure]:
     """Plan what leaves ``checkpoint``; return also its units, which carrying out needs again.
+
+    Args:
+        out: where the pruned model will be written; None: it will not be.
+        fix: told the micro-batch, should it have to be another than was asked for.
 
     Raises:
         RecipeError: the recipe asks for what the model does not have, or would remove nothing.
+        ResourceError: the machine has too little memory or disk for it.
     """
-    planner = Planner(checkpoint, recipe, workplace)
+    planner, workers = Planner(checkpoint, recipe, workplace), workplace.workers
     file = workplace.scratch / DECISION / PLAN_FILE
-    plan = kept_plan(file, recipe)
-    if plan is None:
-        plan = planner.plan() if recipe.steps == 1 else _plan_in_steps(planner)
-        plan.save(file)
-    else:
+    plan = kept_plan(file, recipe) if workers.leads else None
+    if workers.first(plan is not None):
         log.info("What leaves was decided before the run was interrupted.")
+    else:
+        prepare(planner, out, fix)
+        plan = planner.plan() if recipe.steps == 1 else _plan_in_steps(planner)
+        if workers.leads:
+            plan.save(file)
+        workers.wait()
+    if not workers.leads:
+        plan = load_plan(file)
+    assert plan is not None
     return plan, planner.structure
+
+
+def prepare(planner: Planner, out: Path | None, fix: Callable[[int], None]) -> None:
+    """Say what the work will take, refuse what cannot be done, and give the planner the memory and micro-batch there are.
+
+    Raises:
+        ResourceError: the machine has too little memory or disk for it.
+    """
+    place, workers = planner.workplace, planner.workplace.workers
+    estimate = planner.estimate(out)
+    say(f"This will take {estimate.in_words()}.", "preflight", **estimate.to_json())
+    refuse_what_cannot_fit(estimate, planner.recipe, place.scratch, place.cache or place.scratch, out)
+    micro_batch = min(workers.all(estimate.micro_batch))
+    if micro_batch != (place.micro_batch or planner.recipe.micro_batch) and workers.leads:
+        fix(micro_batch)
+    planner.workplace = replace(place, memory=estimate.spare, micro_batch=micro_batch)
 
 
 def kept_plan(file: Path, recipe: Recipe) -> Plan | None:
@@ -52,6 +89,7 @@ def kept_plan(file: Path, recipe: Recipe) -> Plan | None:
 def _plan_in_steps(dense: Planner) -> Plan:
     """Reach the recipe's goal in rounds; the plan is their composition in the dense model's numbers."""
     checkpoint, recipe, structure = dense.checkpoint, dense.recipe, dense.structure
+    workers = dense.workplace.workers
     goal, steps = dense.chooser.goal(), recipe.steps
     count = len(checkpoint.skeleton.blocks)
     allowed = recipe.middle(count) if recipe.allocation == "two-tier" else dense.blocks
@@ -64,18 +102,18 @@ def _plan_in_steps(dense: Planner) -> Plan:
         if goal.leaving and not any(part.leaving.values()):
             continue
         scratch = dense.workplace.scratch / f"{ROUND}{step}"
-        kept = kept_plan(scratch / PLAN_FILE, recipe)
+        kept = workers.first(kept_plan(scratch / PLAN_FILE, recipe) if workers.leads else None)
         if kept is not None:
             log.info("Round %d of %d was finished before.", step, steps)
             plan = kept
         else:
             log.info("Round %d of %d.", step, steps)
             if plan is not None:
-                cut = _realised(Realisation(checkpoint, plan, structure), scratch / "model")
+                cut = _realised(Realisation(checkpoint, plan, structure), scratch / "model", workers)
             planner = Planner(
                 cut,
                 _recipe_of_round(recipe, [new for new, old in enumerate(blocks) if old in allowed], step == steps),
-                Workplace(scratch, dense.workplace.cache),
+                replace(dense.workplace, scratch=scratch),
                 part,
                 dense.windows if needs else None,
             )
@@ -83,7 +121,9 @@ def _plan_in_steps(dense: Planner) -> Plan:
             plan = _plan_of(
                 checkpoint, recipe, compose(structure, chosen, found.everywhere(planner.structure, len(blocks))), found
             )
-            plan.save(scratch / PLAN_FILE)
+            if workers.leads:
+                plan.save(scratch / PLAN_FILE)
+            workers.wait()
         chosen = _chosen_of(plan, structure, count)
     if plan is None or not plan.removes_anything():
         raise removes_nothing(recipe)
@@ -121,13 +161,23 @@ def _chosen_of(plan: Plan, structure: Structure, blocks: int) -> dict[int, Remov
     return {entry.block: everywhere[entry.block] for entry in plan.blocks}
 
 
-def _realised(realisation: Realisation, folder: Path) -> Checkpoint:
+def _realised(realisation: Realisation, folder: Path, workers: Workers) -> Checkpoint:
     """The model as the rounds so far leave it; one that an interrupted attempt has written whole is used again."""
     remote = realisation.plan.recipe.trust_remote_code
-    if (folder / RECORD / FILES).is_file():  # written last
-        with contextlib.suppress(ModelError):
-            return open_checkpoint(str(folder), remote)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    realisation.write(folder)
+    if workers.leads and not _opens(folder, remote):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        realisation.write(folder)
+    workers.wait()
     return open_checkpoint(str(folder), remote)
+
+
+def _opens(folder: Path, remote: bool) -> bool:
+    """Whether a whole model is there; its list of files is written last."""
+    if not (folder / RECORD / FILES).is_file():
+        return False
+    try:
+        open_checkpoint(str(folder), remote)
+    except ModelError:
+        return False
+    return True

@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 
-from secateur.errors import ResourceError, SecateurError
+from secateur.errors import RecipeError, ResourceError
 
 PATIENCE = datetime.timedelta(minutes=30)
 """How long a worker waits for the others before it gives the run up; a dead one is noticed at once."""
 
 
-class LostWorkerError(SecateurError):
-    """Another worker has ended, so this one cannot go on."""
+class LostWorkerError(ResourceError):
+    """Another worker has ended, so this one cannot go on; the same command can."""
 
 
 class Workers:
@@ -98,9 +98,7 @@ class _lost_is_an_error:  # noqa: N801 - reads as a word in a with statement
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (RuntimeError, torch.distributed.DistError)):
-            raise LostWorkerError(
-                "another worker has ended, so this run stops here; the same command goes on from the last finished block"
-            ) from error
+            raise LostWorkerError("another worker has ended, so this one stops too") from error
 
 
 def join() -> Workers:
@@ -123,6 +121,16 @@ def join() -> Workers:
             raise ResourceError(f"the workers cannot reach each other ({error}); start them with torchrun") from error
         atexit.register(_leave)
     return Workers(torch.distributed.get_rank(), size)
+
+
+def alone(command: str) -> None:
+    """Refuse to run ``command`` in several processes.
+
+    Raises:
+        RecipeError: ``torchrun`` has started more than one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RecipeError(f"several workers share the work of prune, not of {command}; start it without torchrun")
 
 
 def _leave() -> None:

@@ -30,6 +30,11 @@ class Placement:
     def is_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    def describe(self) -> str:
+        """The device's name, and its numbers."""
+        name = torch.cuda.get_device_name(self.device) if self.is_gpu else self.device.type
+        return name if self == HERE else f"{name}, {str(self.dtype).removeprefix('torch.')}"
+
     def arrive(self, tensor: torch.Tensor) -> torch.Tensor:
         """``tensor`` on the device. From a thread of its own the copy overlaps with what the GPU computes."""
         if not self.is_gpu:

@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from filelock import FileLock
-
 from secateur.checkpoint.tensorfile import TensorFile
 from secateur.files import sync
+from secateur.lock import FolderLock
 
 FILES, LOCK = "files.json", ".written.lock"
 
@@ -32,9 +31,13 @@ class Progress:
         self._folder = work / f"written-{digest}"
         self._own = self._folder / f"{rank:04d}.jsonl"
         work.mkdir(parents=True, exist_ok=True)
-        with FileLock(work / LOCK):  # the first of several processes begins, the others find it begun
+        lock = FolderLock(work / LOCK)
+        lock.wait()  # the first of several processes begins, the others find it begun
+        try:
             if not (self._folder.is_dir() and all(file.is_begun() for file in files)):
                 self._begin(work, files)
+        finally:
+            lock.release()
 
     def finished(self) -> set[str]:
         """Everything that any process has noted; a line that was cut off while it was written is not."""

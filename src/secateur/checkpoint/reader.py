@@ -132,6 +132,10 @@ class Checkpoint:
             total.update(f"{name}\n{digest}\n".encode())
         return total.hexdigest()
 
+    def take_hash(self, digest: str) -> None:
+        """Believe another worker, which has read every number of the same files."""
+        self.__dict__["content_hash"] = digest
+
     def _tensor_digest(self, name: str) -> str:
         tensor = self.tensors[name]
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
