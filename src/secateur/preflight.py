@@ -30,7 +30,7 @@ from secateur.recipe import Recipe
 from secateur.removal.masks import row_mask
 from secateur.scoring import BlockScorer
 from secateur.statistics import GradientStatistic, InputStatistic, gradient_kinds
-from secateur.sweep.backward import LOGITS
+from secateur.sweep.backward import LOGITS, Kept, bytes_kept
 from secateur.sweep.entrance import BlockCalls, enter
 from secateur.sweep.taps import GradientTaps, InputTaps
 from secateur.sweep.walk import fresh, of_kind
@@ -90,13 +90,14 @@ class Estimate:
 class _Probe:
     """What one block took: seconds to read it, to run a micro-batch forward, and forward and back; bytes beside its weights.
 
-    ``scored`` is in seconds a weight.
+    ``scored`` is in seconds a weight; ``graph`` in bytes that a micro-batch's graph keeps.
     """
 
     read: float = 0.0
     forward: float = 0.0
     both: float = 0.0
     scored: float = 0.0
+    graph: int = 0
     peak: int = 0
 
 
@@ -146,7 +147,7 @@ class Preflight:
         return Estimate(
             memory=memory,
             limit=limit,
-            kept=boundaries,
+            kept=boundaries + self._graphs(probe),
             scratch=max(0, boundaries - max(0, limit - memory)) + self._boundary(),
             cache=self.keeps_scores + gradients * len(gradient_kinds(self.needs)),
             output=self._bytes() if self.writes else 0,
@@ -213,6 +214,13 @@ class Preflight:
         boundaries = len(self.checkpoint.skeleton.blocks) - self.blocks.start + 2 if exact else 2
         return boundaries * self._boundary(), waits
 
+    def _graphs(self, probe: _Probe) -> int:
+        """Bytes that an exact backward walk keeps at most, so as not to run blocks again."""
+        if not gradient_kinds(self.needs) or self.recipe.gradient != "exact":
+            return 0
+        batches = -(-self.windows[0] // self.micro_batch)
+        return (len(self.checkpoint.skeleton.blocks) - self.blocks.start) * (self._block() + batches * probe.graph)
+
     def _bytes(self) -> int:
         return sum(tensor.bytes for tensor in self.checkpoint.tensors.values())
 
@@ -268,13 +276,14 @@ class Preflight:
         with resident_block(self.checkpoint, 0, self.placement) as block:
             probe = _Probe(read=time.perf_counter() - started)
             run = _Run(self.checkpoint, block, calls, entering, self.recipe)
-            probe.peak = peak_of(lambda: self._time(run, probe))
+            probe.peak = peak_of(lambda: self._time(block, run, probe))
         return probe
 
-    def _time(self, run: _Run, probe: _Probe) -> None:
+    def _time(self, block: nn.Module, run: _Run, probe: _Probe) -> None:
         if self.needs:
             probe.forward = self._seconds_of(run.forward)
         if gradient_kinds(self.needs):  # also where they are estimated: their statistics are of the same sizes
+            probe.graph = bytes_kept(block, run.with_graph)
             probe.both = self._seconds_of(run.forward_and_back)
         weights = run.smallest()
         if weights:
@@ -311,13 +320,17 @@ class _Run:
         with taps.watching(self._block, len(self._x[0])):
             self._calls.run(self._block, 0, 0, self._x[0])
 
-    def forward_and_back(self) -> None:
+    def with_graph(self) -> Kept:
         assert self._calls is not None
-        taps = GradientTaps(self._matrices, len(self._x[0]))
+        x_BTD = self._x[0].detach().requires_grad_()
+        taps = GradientTaps(self._matrices, len(x_BTD))
         with torch.enable_grad(), taps.watching(self._block):
-            out_BTD = self._calls.run(self._block, 0, 0, self._x[0].detach().requires_grad_())
-        out_BTD.backward(torch.ones_like(out_BTD))
-        taps.fold(of_kind(self._statistics, GradientStatistic))
+            return Kept(x_BTD, self._calls.run(self._block, 0, 0, x_BTD), taps)
+
+    def forward_and_back(self) -> None:
+        kept = self.with_graph()
+        kept.out_BTD.backward(torch.ones_like(kept.out_BTD))
+        kept.taps.fold(of_kind(self._statistics, GradientStatistic))
 
     def smallest(self) -> int:
         """How many weights the smallest matrix has; 0 where the block has none."""

@@ -104,13 +104,16 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
 
 def _identity(command: str, recipe: Recipe, checkpoint: Checkpoint, **more: Any) -> dict[str, Any]:
     """What the result depends on. ``memory`` decides what goes to disk and changes no bit; the device is a setting."""
+    text = (
+        fingerprint(recipe.calibration) if recipe.parsed_criterion().needs() else None
+    )  # refused before weights are read
     return {
         "command": command,
         "version": secateur.__version__,
         "code": source_digest(),
         "recipe": recipe.model_dump(mode="json", exclude={"memory", "device"}),
         "model": checkpoint.content_hash,
-        "calibration": fingerprint(recipe.calibration) if recipe.parsed_criterion().needs() else None,
+        "calibration": text,
         **more,
     }
 
@@ -132,9 +135,9 @@ def prune(
     """
     workers = join()
     checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
-    checkpoint.take_hash(workers.first(checkpoint.content_hash if workers.leads else None))
     placement = placement_for(recipe.device, checkpoint.dtype)
     if not workers.leads:
+        checkpoint.take_hash(workers.first(None))
         return _follow(checkpoint, recipe, placement, workers)
     out = absolute(out)
     check_apart(out, checkpoint.folder, recipe.calibration, evaluate_on)
@@ -142,6 +145,7 @@ def prune(
         text_windows(evaluate_on, checkpoint.folder, max_windows=1)  # refused now, not after all the work
     evaluated = [evaluate_on, fingerprint(evaluate_on)] if evaluate_on else None
     identity = _identity("prune", recipe, checkpoint, evaluate_on=evaluated)
+    workers.first(checkpoint.content_hash)
     settings = present_settings(recipe.micro_batch, placement, workers.size)
     start = Start(identity, settings, overwrite, other_workers=other_workers)
     if finished_before(out, start, overwrite):

@@ -257,18 +257,27 @@ class BackwardWalk(Walk):
 
     def _graph_bytes(self, calls: BlockCalls, first_BTD: torch.Tensor) -> int:
         """Bytes that one block's kept graph holds over all micro-batches, its weights included (measured on block 0)."""
-        seen: dict[int, int] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            seen[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
         with resident_block(self.checkpoint, 0, self.placement) as block:
             weights = sum(parameter.numel() * parameter.element_size() for parameter in block.parameters())
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                run = self._with_graph(0, block, calls, 0, first_BTD, self.checkpoint.skeleton.prunable(0))
-            return weights + (sum(seen.values()) + run.taps.bytes()) * len(self.ids)
+            matrices = self.checkpoint.skeleton.prunable(0)
+            each = bytes_kept(block, lambda: self._with_graph(0, block, calls, 0, first_BTD, matrices))
+            return weights + len(self.ids) * each
+
+
+def bytes_kept(block: nn.Module, run: Callable[[], Kept]) -> int:
+    """Bytes that autograd and the taps keep of one run until its backward pass, without the block's weights."""
+    seen: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept = run()
+    return sum(seen.values()) + kept.taps.bytes()
 
 
 Logits = Callable[[dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
