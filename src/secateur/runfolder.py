@@ -19,7 +19,15 @@ from typing import Any
 
 from secateur.checkpoint.manifest import FILES, RECORD
 from secateur.console import event, log, say
-from secateur.errors import OutputError, ResourceError, SecateurError, Stopped, reason_of
+from secateur.errors import (
+    CalibrationError,
+    ModelError,
+    OutputError,
+    ResourceError,
+    SecateurError,
+    Stopped,
+    reason_of,
+)
 from secateur.files import full_disk_is_an_error, remove_temporaries, sync
 from secateur.lock import FolderLock
 from secateur.resuming import STARTED, Settings, Start, applied, read_progress, read_start
@@ -148,20 +156,19 @@ def work_folder(folder: Path, start: Start, overwrite: bool = False) -> Iterator
     """Hold ``folder`` and what an earlier attempt at the same run has left in it; see ``run_folder``."""
     made = _make_parents(folder)
     lock = FolderLock(folder / LOCK)
-    begun = False
+    work: Work | None = None
     try:
         if not lock.acquire():
             raise OutputError(f"another run is writing {folder}; wait for it, or give another --out")
         with full_disk_is_an_error(folder):
             work = _begin(folder, start, overwrite)
-            begun = True
             yield work
     except BaseException as error:
-        if begun and _is_kept(error, start):
+        if work is not None and _is_kept(error, start, work):
             _say_kept(error, folder, start)
-        elif lock.is_held and (begun or made[:1] == [folder]):
+        elif lock.is_held and (work is not None or made[:1] == [folder]):
             _remove(folder, made)
-        if begun and isinstance(error, ResourceError) and start.goes_on:
+        if work is not None and isinstance(error, ResourceError) and start.goes_on:
             raise ResourceError(f"{error}; {KEPT.format(folder)}") from error
         raise
     finally:
@@ -171,10 +178,12 @@ def work_folder(folder: Path, start: Start, overwrite: bool = False) -> Iterator
 KEPT = "what was finished is kept in {}, and the same command goes on from there"
 
 
-def _is_kept(error: BaseException, start: Start) -> bool:
+def _is_kept(error: BaseException, start: Start, work: Work) -> bool:
     """Whether the same command may come further after ``error``: nobody has to change what was asked for."""
     if not start.goes_on:
         return not isinstance(error, Exception)
+    if isinstance(error, (CalibrationError, ModelError)):
+        return work.goes_on  # it was readable before: a disk or a network that is away comes back
     return isinstance(error, ResourceError) or not isinstance(error, SecateurError)
 
 

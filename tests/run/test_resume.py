@@ -24,7 +24,7 @@ import secateur
 from secateur import planning, realise, resuming, run, runfolder, stepping
 from secateur.blockstore import BlockStore
 from secateur.checkpoint.writer import ShardWriter
-from secateur.errors import OutputError, ResourceError, Stopped
+from secateur.errors import CalibrationError, OutputError, ResourceError, Stopped
 from secateur.lock import FolderLock
 from secateur.plans import Plan
 from secateur.realise import Realisation
@@ -278,7 +278,8 @@ def test_a_folder_killed_in_its_first_instant_starts_over(unfinished, llama_fold
 def test_a_bad_recipe_leaves_nothing_of_a_resumed_run_but_full_memory_does(
     unfinished, llama_folder, tmp_path, monkeypatch
 ):
-    for error, stays in ((MemoryError(), True), (RuntimeError("allocate memory"), True), (OutputError("no"), False)):
+    away, defect = CalibrationError("the network is away"), RuntimeError("allocate memory")
+    for error, stays in ((MemoryError(), True), (defect, True), (away, True), (OutputError("no"), False)):
         with dying_at(monkeypatch, Realisation, "verify", 1, error):
             secateur.prune(str(llama_folder), tmp_path / "out", **unfinished)
         assert (tmp_path / "out.partial").exists() == stays
