@@ -235,7 +235,8 @@ def table(results: Results, budgets: list[int]) -> str:
             for score in dict.fromkeys(score for score, _ in cases(source)):
                 values = [f"{entry['perplexity'][f'{score}|{ratio}']:.2f}" for ratio in RATIOS]
                 lines.append(f"| {'none' if source == YARDSTICK else source} | {score} | " + " | ".join(values) + " |")
-    lines += ["", "| scores by | seconds | peak memory |", "|---|---|---|"]
+    lines += ["", "One thread; the wall clock of a machine that others shared, so seconds are an upper bound:", ""]
+    lines += ["| scores by | seconds | peak memory |", "|---|---|---|"]
     timed = {"measuring": "the loss along all queries, once"} | {f"scores {s}": s for s in sources}
     for key, name in timed.items():
         entry = results.get(key)
