@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -65,6 +66,13 @@ def _begin(verbose: bool) -> None:
     from secateur import console
 
     console.setup(verbose)
+    if _worker():  # the one that leads speaks for all
+        console.stderr.quiet = True
+
+
+def _worker() -> int:
+    """This process's number among those that torchrun has started."""
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 def _print_json(record: Any) -> None:
@@ -109,6 +117,8 @@ def prune(
     from secateur.report.tables import run_table
 
     result = run.prune(recipe, out, overwrite, evaluate_on, push_to_hub, other_workers)
+    if result.folder is None:
+        return  # another worker leads, and prints
     if as_json:
         _print_json({"out": str(result.folder), "already_complete": result.complete_before, **result.record})
     else:
@@ -335,7 +345,8 @@ def main() -> None:
 
 
 def _complain(sentence: str) -> None:
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"secateur: {sentence}", markup=False, emoji=False)
+    name = f"secateur, worker {_worker()}" if _worker() else "secateur"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(f"{name}: {sentence}", markup=False, emoji=False)
     sys.exit(2)
 
 
