@@ -118,7 +118,8 @@ class Planner:
         """What gathering, scoring and, with ``out``, writing will take on this machine."""
         place, recipe = self.workplace, self.recipe
         count, length = self.windows.ids_NT.shape if self.criterion.needs() else (1, 1)
-        kept = 4 * self._maskable() if recipe.masks_weights and self._keeps_scores else 0
+        dense = recipe.propagate == "dense" or not self._on_the_way(self.criterion.needs())[0]
+        kept = 4 * self._maskable() if dense and recipe.masks_weights and self._keeps_scores else 0
         of_this = (max(1, len(place.workers.share(count))), length)
         micro_batch = place.micro_batch or recipe.micro_batch
         limit = limit_of(recipe, place.workers.size)
@@ -136,10 +137,9 @@ class Planner:
         )
         workers = self.workplace.workers
         plan.keep_in(self.workplace.scratch / (DECISIONS if workers.leads else f"{DECISIONS}-{workers.rank}"))
-        # Gradients of the loss are always the dense model's; a block's own come from its inputs, as input statistics do.
-        beforehand = gradient_kinds(needs) if self.recipe.gradient != "block" else frozenset()
-        if self.recipe.propagate == "pruned" and needs - beforehand:
-            self._choose_on_the_way(plan, needs - beforehand, beforehand)
+        on_the_way, beforehand = self._on_the_way(needs)
+        if self.recipe.propagate == "pruned" and on_the_way:
+            self._choose_on_the_way(plan, on_the_way, beforehand)
         elif not self._keeps_scores:
             self._choose_in_dense(plan, needs)
         else:
@@ -191,6 +191,16 @@ class Planner:
             else "",
         )
         return True
+
+    def _on_the_way(
+        self, needs: frozenset[type[Statistic]]
+    ) -> tuple[frozenset[type[Statistic]], frozenset[type[Statistic]]]:
+        """What a walk over pruned blocks gathers, and what of the dense model has to be there before it.
+
+        Gradients of the loss are always the dense model's; a block's own come from its inputs, as input statistics do.
+        """
+        beforehand = gradient_kinds(needs) if self.recipe.gradient != "block" else frozenset[Any]()
+        return needs - beforehand, beforehand
 
     # -- dense propagation with scores that are kept: score everything, then choose
 

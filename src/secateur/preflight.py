@@ -194,8 +194,10 @@ class Preflight:
 
     def _running(self, probe: _Probe) -> int:
         """Bytes while a block runs, or while the head does."""
-        vocabulary = self.checkpoint.config.get_text_config().vocab_size
-        ends = PIECE + 4 * min(4 * LOGITS, 4 * vocabulary * self.windows[1]) if self.needs else 0
+        text = self.checkpoint.config.get_text_config()
+        tables = min(PIECE, 4 * text.vocab_size * text.hidden_size)
+        logits = min(LOGITS, 4 * text.vocab_size * self.windows[1])
+        ends = tables + 4 * logits if self.needs else 0
         return max(self._block() + probe.peak, ends)
 
     def _boundary(self) -> int:

@@ -237,9 +237,12 @@ def timed_run(out: Path, overwrite: bool, start: Start) -> Iterator[tuple[Work, 
     interrupted from one that was not.
     """
     with run_folder(out, start, overwrite) as work:
-        record: dict[str, Any] = {"identity": start.identity, "settings": asdict(work.settings)}
+        record: dict[str, Any] = {"identity": start.identity}
         yield work, record
         events = read_events(work.record / EVENT_LOG)
+        record["settings"] = asdict(
+            (read_start(work.folder) or start).settings
+        )  # the micro-batch may have been settled
         record["attempts"] = attempts(events)
         record["seconds"] = round(sum(attempt["seconds"] for attempt in record["attempts"]), 2)
         record["stages"] = stage_seconds(events)
