@@ -46,6 +46,10 @@ class ResourceError(SecateurError):
     """Too little memory or disk."""
 
 
+class TooLargeError(ResourceError):
+    """Refused before any work: the machine does not have the memory, disk or device that was asked for."""
+
+
 def reason_of(error: BaseException) -> str:
     """What a library's exception says, on one line and not longer than a sentence should be."""
     text = " ".join(str(error).split())

@@ -54,6 +54,7 @@ def calibration_windows(checkpoint: Checkpoint, recipe: Recipe, cache: Path | No
         vocabulary=config.vocab_size,
         cache=cache,
         trust_remote_code=recipe.trust_remote_code,
+        memory=recipe.memory_bytes,
     )
     count, length = windows.ids_NT.shape
     _check_length(length, positions)

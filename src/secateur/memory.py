@@ -8,6 +8,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from secateur.errors import TooLargeError
+from secateur.files import human_bytes
+
 LOOK_EVERY = 0.002
 """Seconds between two looks at the memory."""
 
@@ -48,6 +51,24 @@ def memory_available() -> int | None:
     fields = _fields(PROC / "meminfo")
     bounds = [fields["MemAvailable"]] if "MemAvailable" in fields else []
     return min([*bounds, *_left_in_groups()], default=None)
+
+
+def require_memory(needed: int, what: str, instead: str, limit: int | None = None) -> None:
+    """Refuse what would take more memory than there is.
+
+    Args:
+        needed: bytes.
+        what: needs them; begins the sentence.
+        instead: what to do; ends it.
+        limit: bytes that may be taken; None: what is free.
+
+    Raises:
+        TooLargeError: it is more.
+    """
+    there = memory_available() if limit is None else limit
+    if there is not None and needed > there:
+        free = "are free" if limit is None else "are allowed"
+        raise TooLargeError(f"{what} takes {human_bytes(needed)}, and {human_bytes(there)} {free}; {instead}")
 
 
 def _status(name: str) -> int | None:

@@ -23,7 +23,7 @@ from secateur.checkpoint.placement import Placement
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import resident_block
 from secateur.console import log
-from secateur.errors import ResourceError
+from secateur.errors import TooLargeError
 from secateur.files import human_bytes, human_seconds
 from secateur.memory import memory_available, memory_now, peak_of
 from secateur.recipe import Recipe
@@ -252,7 +252,7 @@ class Preflight:
         """Run a block on one micro-batch; on a GPU that is too small for it, on half of it, and so on.
 
         Raises:
-            ResourceError: the GPU cannot hold one window.
+            TooLargeError: the GPU cannot hold one window.
         """
         while True:
             try:
@@ -260,7 +260,7 @@ class Preflight:
             except torch.OutOfMemoryError as error:
                 torch.cuda.empty_cache()
                 if self.micro_batch == 1:
-                    raise ResourceError(
+                    raise TooLargeError(
                         "the GPU's memory does not hold one block with one window; give a smaller --window-length, or "
                         "--device cpu"
                     ) from error
@@ -355,7 +355,7 @@ def refuse_what_cannot_fit(estimate: Estimate, recipe: Recipe, scratch: Path, ca
     """Refuse a run that this machine cannot carry out, and say which option would help.
 
     Raises:
-        ResourceError: too little memory or disk.
+        TooLargeError: too little memory or disk.
     """
     if estimate.memory > estimate.limit:
         asked = recipe.memory_bytes is not None
@@ -364,7 +364,7 @@ def refuse_what_cannot_fit(estimate: Estimate, recipe: Recipe, scratch: Path, ca
             "a smaller --micro-batch or --window-length" if estimate.micro_batch > 1 else "a smaller --window-length"
         )
         more = f"--memory {math.ceil(estimate.memory / (1 << 28)) / 4:g}GiB" if asked else "a machine with more memory"
-        raise ResourceError(
+        raise TooLargeError(
             f"this run needs about {human_bytes(estimate.memory)} of memory at the least, more than {what}; give {more}, "
             f"{smaller}, or a --criterion that needs less (wanda, magnitude)"
         )
@@ -377,7 +377,7 @@ def refuse_what_cannot_fit(estimate: Estimate, recipe: Recipe, scratch: Path, ca
     for folder, size in wanted.values():
         free = shutil.disk_usage(folder).free
         if size > free:
-            raise ResourceError(
+            raise TooLargeError(
                 f"this run needs about {human_bytes(size)} on the disk of {folder}, which has {human_bytes(free)} free "
                 f"({human_bytes(estimate.scratch)} between blocks, {human_bytes(estimate.cache)} of scores and gradients, "
                 f"{human_bytes(estimate.output)} for the result); free some, give more --memory or fewer --windows, or put "

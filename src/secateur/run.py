@@ -22,6 +22,7 @@ from secateur.console import event, log
 from secateur.errors import OutputError, PlanError, SecateurError
 from secateur.files import cache_folder, full_disk_is_an_error, remove_temporaries, sync_tree, write_json
 from secateur.hub import push_folder
+from secateur.memory import require_memory
 from secateur.planning import Workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
@@ -143,6 +144,8 @@ def prune(
     check_apart(out, checkpoint.folder, recipe.calibration, evaluate_on)
     if evaluate_on is not None:
         text_windows(evaluate_on, checkpoint.folder, max_windows=1)  # refused now, not after all the work
+        need = "to measure perplexity the model has to be in memory as a whole, in float32, which"
+        require_memory(4 * checkpoint.parameters(), need, "leave --evaluate out", recipe.memory_bytes)
     evaluated = [evaluate_on, fingerprint(evaluate_on)] if evaluate_on else None
     identity = _identity("prune", recipe, checkpoint, evaluate_on=evaluated)
     workers.first(checkpoint.content_hash)

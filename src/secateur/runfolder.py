@@ -26,6 +26,7 @@ from secateur.errors import (
     ResourceError,
     SecateurError,
     Stopped,
+    TooLargeError,
     reason_of,
 )
 from secateur.files import full_disk_is_an_error, remove_temporaries, sync
@@ -164,12 +165,13 @@ def work_folder(folder: Path, start: Start, overwrite: bool = False) -> Iterator
             work = _begin(folder, start, overwrite)
             yield work
     except BaseException as error:
-        if work is not None and _is_kept(error, start, work):
+        kept = work is not None and _is_kept(error, start, work)
+        if kept:
             _say_kept(error, folder, start)
         elif lock.is_held and (work is not None or made[:1] == [folder]):
             _remove(folder, made)
-        if work is not None and isinstance(error, ResourceError) and start.goes_on:
-            raise ResourceError(f"{error}; {KEPT.format(folder)}") from error
+        if kept and isinstance(error, ResourceError) and start.goes_on:
+            raise type(error)(f"{error}; {KEPT.format(folder)}") from error
         raise
     finally:
         lock.release()
@@ -182,8 +184,8 @@ def _is_kept(error: BaseException, start: Start, work: Work) -> bool:
     """Whether the same command may come further after ``error``: nobody has to change what was asked for."""
     if not start.goes_on:
         return not isinstance(error, Exception)
-    if isinstance(error, (CalibrationError, ModelError)):
-        return work.goes_on  # it was readable before: a disk or a network that is away comes back
+    if isinstance(error, (CalibrationError, ModelError, TooLargeError)):
+        return work.goes_on  # it was possible before: a disk or a network that is away comes back
     return isinstance(error, ResourceError) or not isinstance(error, SecateurError)
 
 

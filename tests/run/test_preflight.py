@@ -45,6 +45,7 @@ def test_too_little_memory_is_refused_and_leaves_nothing(llama_folder, windows_f
     assert "more than --memory 64MiB; give --memory" in said
     assert "GiB" in said
     assert not out.exists()
+    assert not (tmp_path / "o.partial").exists()
 
 
 def test_less_is_needed_by_what_needs_less(llama_folder, windows_file, tmp_path):

@@ -83,6 +83,7 @@ def open_windows(
     vocabulary: int,
     cache: Path | None,
     trust_remote_code: bool = False,
+    memory: int | None = None,
 ) -> TokenWindows:
     """Open calibration windows ``(N, T)``; the same arguments always give the same windows.
 
@@ -96,11 +97,12 @@ def open_windows(
         vocabulary: how many token ids the model knows.
         cache: folder in which self-written windows are kept, or None.
         trust_remote_code: run code that comes with the model.
+        memory: bytes that the model may take while it writes; None: what is free.
 
     Raises:
         CalibrationError: the source is not there, damaged, too short, or does not fit the model.
         ModelError: ``self``, and the model does not load or is damaged.
-        ResourceError: the disk of the cache is full.
+        ResourceError: the disk of the cache is full, or the model too large to write.
     """
     _check_sizes(windows, window_length)
     named = _parse(source)
@@ -110,7 +112,7 @@ def open_windows(
         count, length = windows or DEFAULT_WINDOWS, window_length or DEFAULT_WINDOW_LENGTH
         if named.kind == "self":
             ids_NT = written_windows(
-                model_folder, model_hash, count, length, seed, vocabulary, cache, trust_remote_code
+                model_folder, model_hash, count, length, seed, vocabulary, cache, trust_remote_code, memory
             )
             opened = TokenWindows(ids_NT, source, f"written by the model itself at temperature 1, seed {seed}")
         else:

@@ -22,6 +22,7 @@ from secateur.console import log, progress
 from secateur.errors import CalibrationError, ModelError
 from secateur.files import atomic_file, full_disk_is_an_error
 from secateur.loading import load
+from secateur.memory import require_memory
 
 VERSION = 1
 """To be raised whenever the same seed would give other windows, so that kept ones are not taken for them."""
@@ -39,13 +40,14 @@ def written_windows(
     vocabulary: int,
     cache: Path | None,
     trust_remote_code: bool,
+    memory: int | None = None,
 ) -> torch.Tensor:
     """Windows ``(N, T)`` written by the model in ``model_folder``; kept in ``cache`` and read back from there.
 
     Raises:
         ModelError: the model cannot be loaded, or gives values that are not finite.
         CalibrationError: the model cannot write windows this long, or has no ordinary tokens.
-        ResourceError: the disk of the cache is full.
+        ResourceError: the disk of the cache is full, or the model larger than ``memory`` (None: what is free).
     """
     kept = None
     if cache is not None:
@@ -55,6 +57,13 @@ def written_windows(
         if ids_NT is not None:
             log.debug("Self-written windows read from %s.", kept)
             return ids_NT
+    stored = sum(file.stat().st_size for file in model_folder.glob("*.safetensors"))
+    require_memory(
+        stored,
+        "to write its own calibration text a model has to be in memory as a whole, which",
+        "give --calibration FILE or python-docs",
+        memory,
+    )
     model = load(model_folder, dtype="auto", trust_remote_code=trust_remote_code)
     if model.dtype == torch.float16:
         model = model.float()  # half precision overflows easily, and is slow on a CPU

@@ -113,7 +113,7 @@ class BackwardWalk(Walk):
                         with taps.watching(block, len(x_BTD)):
                             out_BTD = self._run(index, block, calls, batch, x_BTD, matrices, kept, index >= keep_from)
                         inputs.put((index + 1, batch), finite(out_BTD, index))
-                        advance.within(batch + 1, len(self.ids), "micro-batches")
+                        advance.within(self.seen(batch), self.seen(-1))
                 if from_inputs and index in blocks:
                     states.put(index, as_states(statistics))
                 self.commit(inputs, index + 1)
@@ -227,7 +227,7 @@ class BackwardWalk(Walk):
             entering_gradient_BTD = run.x_BTD.grad
             assert entering_gradient_BTD is not None
             gradients.put((index, batch), finite(entering_gradient_BTD, index))
-            advance.within(batch + 1, len(self.ids), "micro-batches")
+            advance.within(self.seen(batch), self.seen(-1))
 
     def _add_inputs(
         self, statistics: BlockStatistics, states: BlockStore, index: int, kinds: frozenset[type[Statistic]]

@@ -29,6 +29,10 @@ COMMIT_SHARE = 0.1
 """The largest share of the time that goes into making boundaries safe; a kill costs the blocks since the last."""
 
 
+ROOM = 1 << 30
+"""Bytes that making boundaries safe leaves free on the disk."""
+
+
 class Budget:
     """Bytes that several stores may hold together."""
 
@@ -138,6 +142,11 @@ class BoundaryStore:
         with atomic_file(self._mark(boundary), durable=True) as temporary:
             temporary.write_text(_mark_text(self._places[boundary]), encoding="utf-8")
         self._committed.add(boundary)
+
+    def has_room(self) -> bool:
+        """Whether the disk has room for what is held in memory, and some to spare: it is a convenience to be safe."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.folder).free > sum(map(_bytes, self._held.values())) + ROOM
 
     def committed(self) -> set[int]:
         """The boundaries that are safe."""

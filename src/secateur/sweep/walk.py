@@ -131,9 +131,13 @@ class Walk:
                 self.workers.add_up([summed])
                 statistic.set_sum(summed, self.windows)
 
+    def seen(self, batch: int) -> int:
+        """Windows of this worker that are through after ``batch``; after -1, the last, all."""
+        return sum(map(len, self.ids[: batch + 1] if batch >= 0 else self.ids))
+
     def commit(self, store: BoundaryStore, boundary: int) -> None:
-        """Make a boundary safe if it is time to, in all workers."""
-        if self.workers.first(self._committing.due()):
+        """Make a boundary safe if it is time to and the disk has room to spare, in all workers."""
+        if all(self.workers.all(self._committing.due() and store.has_room())):
             started = time.monotonic()
             store.commit(boundary)
             self.workers.wait()
@@ -198,7 +202,7 @@ class ForwardWalk(Walk):
             finite(out_BTD, index)
             if not last and not again:
                 store.put((index + 1, batch), out_BTD)
-            advance.within(batch + 1, len(self.ids) * (1 + again), "micro-batches")
+            advance.within(self.seen(batch), self.seen(-1) * (1 + again))
         if index not in blocks:
             return
         self.merge(statistics)
@@ -210,7 +214,7 @@ class ForwardWalk(Walk):
             del replaced
             for batch, x_BTD in self.stream(store, index):
                 store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
-                advance.within(len(self.ids) + batch + 1, len(self.ids) * 2, "micro-batches")
+                advance.within(self.seen(-1) + self.seen(batch), self.seen(-1) * 2)
 
 
 def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
