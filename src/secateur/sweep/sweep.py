@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from secateur.checkpoint.reader import Checkpoint
+from secateur.checkpoint.residency import resident_block
+from secateur.console import track
 from secateur.errors import ModelError
 from secateur.statistics import BlockStatistics, GradientStatistic, Statistic, gradient_kinds
 from secateur.sweep.backward import BackwardWalk
@@ -48,13 +50,22 @@ class Sweep:
         elif gradients and self.settings.gradient == "forward":
             queries = ForwardOnlyWalk(self.checkpoint, self.ids_NT, self.settings)
             c_QN = queries.measure_QN(blocks)
-            self._forward(needs - gradients, blocks, self._estimating(gradients, c_QN, visit))
+            estimating = self._estimating(gradients, c_QN, visit)
+            if needs - gradients:
+                self._forward(needs - gradients, blocks, estimating)
+            else:
+                self._visit_without_running(blocks, estimating)
             queries.forget()
         else:
             self._forward(needs, blocks, visit)
 
     def _forward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
         ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "forward").run(needs, blocks, visit, pruned=False)
+
+    def _visit_without_running(self, blocks: range, visit: Visit) -> None:
+        for index in track(blocks, "Scoring the blocks"):
+            with resident_block(self.checkpoint, index, self.settings.placement, index + 1) as block:
+                visit(index, block, {name: {} for name in self.checkpoint.skeleton.prunable(index)})
 
     def _estimating(self, kinds: frozenset[type[GradientStatistic]], c_QN: torch.Tensor, visit: Visit) -> Visit:
         """``visit`` with the gradients that ``c_QN`` estimates beside what was gathered."""
