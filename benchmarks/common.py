@@ -9,11 +9,18 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
-DEFAULT_REFERENCE = Path(__file__).parents[1].parent / "shared" / "reference"
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [str(ROOT / name) for name in ("benchmarks", "tests", "src")]
+RESULTS = ROOT / "benchmarks" / "results"
+DEFAULT_REFERENCE = ROOT.parent / "shared" / "reference"
+
+LOOK_EVERY = 0.05
+"""Seconds between two looks at a process that is watched."""
 
 MEASURED = """
 import json, sys, time
@@ -29,20 +36,37 @@ print("RESULT " + json.dumps(result))
 """
 
 
-def fresh(code: str, threads: int | None = None, **environment: str) -> dict[str, Any]:
-    """Run Python ``code`` in a process of its own; what it leaves in ``result``, its seconds and its peak memory."""
-    settings = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+def fresh(
+    code: str, threads: int | None = None, watch: Callable[[int], None] | None = None, **environment: str
+) -> dict[str, Any]:
+    """Run Python ``code`` in a process of its own; what it leaves in ``result``, its seconds and its peak memory.
+
+    Args:
+        watch: called with the process's id again and again while it runs.
+    """
+    settings = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(SOURCES), **environment}
     if threads:
         settings |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    script = MEASURED.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")], code=code)
-    with tempfile.TemporaryDirectory() as folder:
-        finished = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, env=settings, cwd=folder, check=False
-        )
-    for line in finished.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    raise RuntimeError(finished.stderr[-3000:])
+    script = MEASURED.format(path=SOURCES, code=code)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryFile("w+") as out,
+        tempfile.TemporaryFile("w+") as said,
+    ):
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=out, stderr=said, env=settings, cwd=folder)
+        try:
+            while watch is not None and process.poll() is None:
+                watch(process.pid)
+                time.sleep(LOOK_EVERY)
+            process.wait()
+        finally:
+            process.kill()
+        out.seek(0)
+        said.seek(0)
+        for line in out:
+            if line.startswith("RESULT "):
+                return json.loads(line.removeprefix("RESULT "))
+        raise RuntimeError(said.read()[-3000:])
 
 
 class Results:
@@ -61,6 +85,16 @@ class Results:
         self.content["entries"][key] = {"date": datetime.date.today().isoformat(), **entry}
         RESULTS.mkdir(exist_ok=True)
         self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+
+    def caption(self, more: str = "") -> str:
+        """What stands above a table: the command, the machine, the versions, and when it was measured."""
+        machine = self.content["machine"]
+        dates = sorted({entry["date"] for entry in self.content["entries"].values()})
+        when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "not measured yet"
+        return (
+            f"`{self.content['command']}`: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+            f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}; {when}{more}."
+        )
 
 
 def machine() -> dict[str, Any]:

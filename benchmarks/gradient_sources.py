@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save_file
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.checkpoint.source import resolve_model
 from secateur.recipe import recipe_from
-from secateur.scoring import block_scores, unit_key
+from secateur.scoring import BlockScorer, unit_key
 from secateur.structure import find_all_units
 from secateur.sweep import Queries, Sweep, SweepSettings
-from secateur.sweep.forward_only import Quotients
+from secateur.sweep.forward_only import ForwardOnlyWalk
 
 SCORES = ("taylor", "taylor:order=vector", "fms", "fms:signed=true")
 EVALUATED = ("taylor", "fms")
@@ -84,7 +84,7 @@ def _do(results: Results, key: str, function: str, setting: dict[str, Any]) -> N
     if results.get(key) is None:
         print(f"{key} ...", flush=True)
         code = f"from gradient_sources import {function}\nresult = {function}(**{setting!r})"
-        results.put(key, fresh(code))
+        results.put(key, fresh(code, threads=1))
 
 
 def _opened(setting: dict[str, Any]) -> tuple[Checkpoint, torch.Tensor]:
@@ -99,10 +99,12 @@ def measure_quotients(count: int, **setting: Any) -> dict[str, Any]:
     """The loss along ``count`` directions, all windows; kept for every smaller number of queries."""
     checkpoint, ids_NT = _opened(setting)
     work = Path(setting["work"])
-    blocks = range(len(checkpoint.skeleton.blocks))
+    settings = SweepSettings(1, MEMORY, work / "scratch", gradient="forward", queries=Queries(count))
+    walk = ForwardOnlyWalk(checkpoint, ids_NT, settings)
     started = time.perf_counter()
-    quotients = Quotients(checkpoint, ids_NT.split(1), Queries(count), blocks, MEMORY, work / "scratch").measure_QN()
-    save_file({"quotients": quotients}, work / "quotients.safetensors")
+    quotients_QN = walk.measure_QN(range(len(checkpoint.skeleton.blocks)))
+    save_file({"quotients": quotients_QN}, work / "quotients.safetensors")
+    walk.forget()
     return {"seconds": time.perf_counter() - started, "queries": count}
 
 
@@ -118,7 +120,7 @@ def measure_scores(source: str, **setting: Any) -> dict[str, Any]:
     def visit(index: int, block: Any, statistics: Any) -> None:
         groups = [group for group in units.of_block(index) if group.kind in KINDS]
         for score, recipe in zip(scores, recipes, strict=True):
-            values = block_scores(skeleton, index, block, statistics, recipe, groups)
+            values = BlockScorer(skeleton, index, block, statistics, recipe).of_units(groups)
             for group in groups:
                 found.setdefault(f"{score}|{group.kind}", []).append(values[unit_key(group)])
 
@@ -126,8 +128,9 @@ def measure_scores(source: str, **setting: Any) -> dict[str, Any]:
     queries = Queries(int(count)) if count else Queries()
     if count:  # fewer queries are the first of more, bit for bit
         kept_QN = load_file(work / "quotients.safetensors")["quotients"][: queries.count]
-        Quotients.measure_QN = lambda self: kept_QN  # type: ignore[method-assign]
-    settings = SweepSettings(1, MEMORY, work / "scratch", "exact" if source == YARDSTICK else gradient, queries)
+        ForwardOnlyWalk.measure_QN = lambda self, blocks: kept_QN  # type: ignore[method-assign]
+    wanted = "exact" if source == YARDSTICK else gradient
+    settings = SweepSettings(1, MEMORY, work / "scratch", gradient=wanted, queries=queries)
     needs = frozenset().union(*(recipe.parsed_criterion().needs() for recipe in recipes))
     started = time.perf_counter()
     Sweep(checkpoint, ids_NT, settings).dense(needs, range(len(skeleton.blocks)), visit)
@@ -202,12 +205,9 @@ def perplexity_without(model: Any, windows_NT: torch.Tensor, leaving: list[torch
 
 def table(results: Results, budgets: list[int]) -> str:
     """The results as Markdown."""
-    machine = results.content["machine"]
     sources = [YARDSTICK, "block", *(f"forward {count}" for count in budgets), "exact"]
     lines = [
-        f"`{results.content['command']}`: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, torch "
-        f"{machine['torch']}, transformers {machine['transformers']}, one seed. `forward Q` has Q queries; `{YARDSTICK}` is weight x "
-        "activation, without a gradient.",
+        f"{results.caption('; one seed')} `forward Q` has Q queries; `{YARDSTICK}` is weight x activation, without a gradient.",
         "",
         "Spearman correlation with the scores by exact gradients (channels and query heads: mean over blocks; KV groups: over the model):",
         "",
