@@ -113,6 +113,16 @@ class Plan(_Strict):
                 self._enter(one)
         return self
 
+    def outlasting(self, file: Path | None) -> Plan:
+        """This plan without the folder it was kept in: its masks in the ``file`` it was saved to, or in memory."""
+        if file is not None:
+            return load_plan(file)
+        store = InMemory()
+        for entry in self.blocks:
+            store.put(entry.block, "", self._store.get(entry.block) if entry.masks else {})
+        self._store = store
+        return self
+
     def decided(self) -> set[int]:
         """The blocks whose decision is here (``OUTSIDE`` for what stands outside of them)."""
         return {entry.block for entry in self.blocks}

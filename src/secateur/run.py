@@ -100,6 +100,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
                 plan.save(file)
             record["plan"] = str(file)
             log.info("The plan is in %s; carry it out with: secateur apply %s --out DIR", file, file)
+        plan = plan.outlasting(file)
     return plan, Result(file, record)
 
 
