@@ -38,7 +38,7 @@ from secateur.sweep.walk import fresh, of_kind
 SHARE_OF_FREE = 0.85
 """Of the memory that is free, what a run takes where nobody says how much."""
 
-SCORING = 6
+SCORING = 5
 """A score and what its making, choosing and masking hold beside it, in sizes of the largest matrix in float32."""
 
 SLACK = 1.1
@@ -190,7 +190,7 @@ class Preflight:
     def _scoring(self) -> int:
         """Bytes while a block is scored."""
         largest = max(map(math.prod, self._matrices()), default=0)
-        return self._block() + self._statistics() + SCORING * 4 * largest // 2
+        return self._block() + self._statistics() + SCORING * 4 * largest
 
     def _running(self, probe: _Probe) -> int:
         """Bytes while a block runs, or while the head does."""

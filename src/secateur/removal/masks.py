@@ -71,11 +71,10 @@ def threshold_mask(score_OI: torch.Tensor, threshold: float, ties: int) -> tuple
 
 
 def _without_lowest(score_RI: torch.Tensor, leaving: int) -> torch.Tensor:
-    """The ``leaving`` lowest of every row found by selection, without a sort: numpy's is the fastest at hand."""
+    """The ``leaving`` lowest of every row found by selection, without a sort."""
     if not leaving:
         return torch.ones_like(score_RI, dtype=torch.bool)
-    selected_RI = np.partition(score_RI.numpy(), leaving - 1, axis=1)
-    threshold_R1 = torch.from_numpy(selected_RI[:, leaving - 1 : leaving].copy())
+    threshold_R1 = _of_rank(score_RI, leaving)
     keep_RI = score_RI > threshold_R1
     spared_R = (~keep_RI).sum(dim=1) - leaving  # of those equal to the threshold the last ones stay
     tied_R = torch.nonzero(spared_R).reshape(-1)
@@ -84,6 +83,14 @@ def _without_lowest(score_RI: torch.Tensor, leaving: int) -> torch.Tensor:
         stays_R1 = (equal_RI.sum(dim=1) - spared_R[tied_R])[:, None]
         keep_RI[tied_R] |= equal_RI & (equal_RI.cumsum(dim=1, dtype=torch.int32) > stays_R1)
     return keep_RI
+
+
+def _of_rank(score_RI: torch.Tensor, rank: int) -> torch.Tensor:
+    """Every row's score of this rank from the lowest, 1-based, ``(R, 1)``. On a CPU numpy's selection is five times as fast."""
+    if score_RI.device.type != "cpu":
+        return score_RI.kthvalue(rank, dim=1, keepdim=True).values
+    selected_RI = np.partition(score_RI.numpy(), rank - 1, axis=1)
+    return torch.from_numpy(selected_RI[:, rank - 1 : rank].copy())
 
 
 def _by_rows(score_OI: torch.Tensor, mask: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -38,7 +38,7 @@ def _bin_of_rank(
     for chunk in chunks():
         for part in chunk.reshape(-1).split(CHUNK):
             bins = bin_of(_ordered_key(part))
-            counts += torch.bincount(bins[bins >= 0], minlength=BINS)
+            counts += torch.bincount(bins[bins >= 0], minlength=BINS).cpu()
     cumulative = counts.cumsum(0)
     index = int(torch.searchsorted(cumulative, rank))
     return index, int(cumulative[index] - counts[index])

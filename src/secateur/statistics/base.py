@@ -27,10 +27,8 @@ class Statistic(ABC):
         self.total: torch.Tensor | None = None
 
     def _add(self, term: torch.Tensor, windows: int = 1) -> None:
-        """Add ``term``, the sum over ``windows`` windows; it stays the caller's."""
-        if self.total is None:
-            self.total = torch.zeros_like(term)
-        self.total.add_(term)
+        """Add ``term``, the sum over ``windows`` windows; the first one becomes the sum."""
+        self.total = term if self.total is None else self.total.add_(term)
         self.windows += windows
 
     def to(self, device: torch.device) -> Self:

@@ -14,7 +14,8 @@ class GradientMean(GradientStatistic):
     per_window = False
 
     def update(self, gradient_OI: torch.Tensor, windows: int = 1) -> None:
-        self._add(gradient_OI.float(), windows)
+        own_OI = gradient_OI.clone() if self.total is None else gradient_OI  # the first becomes the sum
+        self._add(own_OI.float(), windows)
 
 
 class GradientAbs(GradientStatistic):

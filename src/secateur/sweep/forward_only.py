@@ -115,7 +115,6 @@ class ForwardOnlyWalk(Walk):
         self._kept.unlink(missing_ok=True)
         with suppress(OSError):
             self.folder.rmdir()
-            self.folder.parent.rmdir()
 
     @property
     def _kept(self) -> Path:
