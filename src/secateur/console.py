@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 stderr = Console(stderr=True)
 
+SHOW_EVERY = 0.1
+"""Seconds between two looks of a bar at where it is: asking the system for the memory takes its time too."""
 PLAIN_EVERY = 30.0
 """Seconds between two plain lines about the same piece of work."""
 
@@ -105,7 +107,7 @@ class Advance:
         self.done = done
         self._bar, self._description, self._total, self._unit, self._tokens = bar, description, total, unit, tokens
         self._first, self._part, self._note = done, "", ""
-        self._share = 0.0
+        self._share, self._shown = 0.0, 0.0
         self._started = self._piece_started = self._said = time.monotonic()
         self._task = bar.add_task(description, total=total, completed=done, state="")
         self._show()
@@ -125,9 +127,13 @@ class Advance:
     def within(self, finished: int, of: int, things: str = "windows") -> None:
         """So many windows of the present piece are through."""
         self._part, self._share = f"{finished} of {of} {things}", finished / of
-        self._show()
+        self._show(at_once=False)
 
-    def _show(self) -> None:
+    def _show(self, at_once: bool = True) -> None:
+        now = time.monotonic()
+        if not at_once and now - self._shown < SHOW_EVERY:
+            return
+        self._shown = now
         self._bar.update(self._task, completed=self.done, state=" · ".join(self.words()))
         if time.monotonic() - self._said >= PLAIN_EVERY:
             self._said = time.monotonic()

@@ -12,6 +12,7 @@ from secateur.checkpoint.skeleton import Skeleton
 from secateur.criteria.base import Criterion, Matrix
 from secateur.criteria.units import unit_scores
 from secateur.errors import RecipeError
+from secateur.finite import all_finite
 from secateur.recipe import Recipe
 from secateur.statistics import BlockStatistics
 from secateur.structure import UnitGroup
@@ -75,7 +76,7 @@ class BlockScorer:
         return Matrix(self._prefix + name, weight_OI, gathered, self._recipe.seed)
 
     def _checked(self, name: str, score: torch.Tensor) -> torch.Tensor:
-        if not torch.isfinite(score).all():
+        if not all_finite(score):
             raise RecipeError(
                 f"{self._criterion} gives scores that are not finite in block {self._index} ({name}); choose smaller options"
             )

@@ -77,8 +77,16 @@ class InputStatistic(Statistic):
     """Measured on what goes into a matrix."""
 
     @abstractmethod
+    def term(self, x_TI: torch.Tensor) -> torch.Tensor:
+        """What one window adds: of its inputs ``(tokens, input features)``; of an expert the tokens that go to it."""
+
+    @abstractmethod
+    def fold(self, term: torch.Tensor) -> None:
+        """Fold in one window's term; it stays the caller's, who may have it for several matrices with the same inputs."""
+
     def update(self, x_TI: torch.Tensor) -> None:
-        """Fold in the inputs of one window: ``(tokens, input features)``; of an expert the tokens that go to it."""
+        """Fold in the inputs of one window."""
+        self.fold(self.term(x_TI))
 
 
 class GradientStatistic(Statistic):

@@ -17,12 +17,15 @@ class InputNorm(InputStatistic):
 
     name = "input_norm"
 
-    def update(self, x_TI: torch.Tensor) -> None:
+    def term(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return torch.norm(x_TI.float().T, p=2, dim=1) ** 2
+
+    def fold(self, term: torch.Tensor) -> None:
         if self.total is None:
-            self.total = torch.zeros(x_TI.shape[1], device=x_TI.device)
+            self.total = torch.zeros_like(term)
         seen = self.windows
         self.total *= seen / (seen + 1)
-        self.total += torch.norm(x_TI.float().T, p=2, dim=1) ** 2 / (seen + 1)
+        self.total += term / (seen + 1)
         self.windows = seen + 1
 
     def merge(self, other: InputNorm) -> None:
@@ -55,6 +58,9 @@ class InputSecondMoment(InputStatistic):
 
     name = "input_second_moment"
 
-    def update(self, x_TI: torch.Tensor) -> None:
+    def term(self, x_TI: torch.Tensor) -> torch.Tensor:
         x_TI = x_TI.float()
-        self._add(x_TI.T @ x_TI)
+        return x_TI.T @ x_TI
+
+    def fold(self, term: torch.Tensor) -> None:
+        self._add(term.clone() if self.total is None else term)  # the first becomes the sum

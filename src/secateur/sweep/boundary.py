@@ -25,7 +25,7 @@ from secateur.files import atomic_file
 Key = tuple[int, int]
 """Boundary (the number of the block after it) and micro-batch."""
 
-COMMIT_SHARE = 0.1
+COMMIT_SHARE = 0.03
 """The largest share of the time that goes into making boundaries safe; a kill costs the blocks since the last."""
 
 

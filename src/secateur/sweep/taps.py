@@ -33,14 +33,14 @@ class InputTaps:
         if not self._statistics:
             yield
             return
-        watch = _Watched(self._matrices, block)
+        watch, shared = _Watched(self._matrices, block), _Shared()
 
         def tell(product: Product) -> None:
             for name, expert in watch.matrices_in(product):
-                x_BTI = _windows_of(product.x if expert is None else product.x[expert], windows, name)
-                for x_TI in x_BTI:
+                x = product.x if expert is None else product.x[expert]
+                for window, x_TI in enumerate(_windows_of(x, windows, name)):
                     for statistic in self._statistics[name]:
-                        statistic.update(x_TI)
+                        statistic.fold(shared.term(statistic, window, x, x_TI))
 
         with Products(watch.parameters.items(), tell):
             yield
@@ -48,6 +48,26 @@ class InputTaps:
             nothing_TI = torch.zeros(0, watch.shape(name)[1], device=watch.device)
             for statistic in self._statistics[name] * windows:
                 statistic.update(nothing_TI)
+
+
+class _Shared:
+    """What statistics make of the inputs last seen: queries, keys and values are fed the very same tensor."""
+
+    def __init__(self) -> None:
+        self._x: torch.Tensor | None = None
+        self._terms: dict[tuple[type, int], torch.Tensor] = {}
+
+    def term(self, statistic: InputStatistic, window: int, x: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """The statistic's term of one window of ``x``."""
+        if x is not self._x:
+            self._x, self._terms = x, {}
+        key = type(statistic), window
+        if key in self._terms:
+            return self._terms[key]
+        term = statistic.term(x_TI)
+        if term.dim() == 1:  # products of all inputs with all are too large to keep for every window
+            self._terms[key] = term
+        return term
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from secateur.checkpoint.residency import buffers_on, resident_block
 from secateur.console import Advance, progress
 from secateur.errors import ModelError
 from secateur.files import full_disk_is_an_error
+from secateur.finite import all_finite
 from secateur.statistics import (
     BlockStatistics,
     GradientSource,
@@ -233,7 +234,7 @@ def finite(x_BTD: torch.Tensor, index: int) -> torch.Tensor:
     Raises:
         ModelError: it holds NaN or infinity.
     """
-    if not torch.isfinite(x_BTD).all():
+    if not all_finite(x_BTD):
         raise ModelError(
             f"block {index} gives values that are not finite on the calibration windows; the model's weights are damaged "
             "or its numbers overflow"
