@@ -290,7 +290,8 @@ class Planner:
                 add_states(statistics, whole(gradients.get(index)), beforehand)
             decision = self._decide(plan, weights, index, block, statistics)
             self._note_finished(missing, index)
-            return decision.in_dense_shapes(block.state_dict(), in_place=True)
+            own = self.checkpoint.dtype != self.workplace.placement.dtype  # else they are mapped from the file
+            return decision.in_dense_shapes(block.state_dict(), in_place=own)
 
         self._sweep().pruned(on_the_way, self.blocks, visit, done=min(missing))
 

@@ -19,7 +19,7 @@ from secateur.files import atomic_file, sha256_of_file
 from secateur.planstore import InFile, InFolder, InMemory, MaskStore, as_text
 from secateur.recipe import Recipe
 from secateur.removal.decision import BlockDecision, Removals, model_cut
-from secateur.removal.masks import pack, unpack
+from secateur.removal.masks import pack, unpack, zeros_of
 from secateur.structure import OUTSIDE, ModelCut, Structure, UnitGroup
 
 PLAN_FILE, MASKS_FILE = "plan.json", "masks.safetensors"
@@ -136,7 +136,7 @@ class Plan(_Strict):
         masks, bits = dict[str, Masked](), dict[str, torch.Tensor]()
         for name, mask_OI in decision.masks.items():
             rows, columns = mask_OI.shape
-            masks[name] = Masked(shape=(rows, columns), zeros=rows * columns - int(mask_OI.count_nonzero()))
+            masks[name] = Masked(shape=(rows, columns), zeros=zeros_of(mask_OI))
             bits[name] = pack(mask_OI)
         entry = BlockPlan(block=block, cuts=cuts, masks=masks)
         self._store.put(block, as_text(entry.model_dump(mode="json")), bits)

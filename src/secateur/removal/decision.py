@@ -60,18 +60,32 @@ class BlockDecision:
     def in_dense_shapes(self, tensors: Mapping[str, torch.Tensor], in_place: bool = False) -> dict[str, torch.Tensor]:
         """The block's tensors in their old shapes with the same function: what is cut is zeroed where it is read.
 
+        What a mask takes is multiplied by zero, which may leave the zero a sign.
+
         ``in_place``: ``tensors`` are the caller's to lose, so that masking needs no second copy of them.
         """
         result = mask_tensors(tensors, self.removals)
-        for name, matrix in self._masked(result, tensors, in_place):
-            weight_OI, (rows, columns) = matrix.of(result), self.survivors(name, tensors)
-            leaves_OI = ~self.masks[name]
-            if leaves_OI.shape != weight_OI.shape:  # the mask is of what the cut leaves
-                whole_OI = torch.zeros_like(weight_OI, dtype=torch.bool)
-                whole_OI[rows[:, None], columns] = leaves_OI
-                leaves_OI = whole_OI
-            weight_OI.masked_fill_(leaves_OI, 0)
+        for name, mask_OI in self.masks.items():
+            matrix = self.matrices[name]
+            stays_OI = self._in_dense_shape(name, mask_OI, tensors)
+            if in_place or matrix.expert is not None:
+                if not in_place and result[matrix.parameter] is tensors[matrix.parameter]:
+                    result[matrix.parameter] = result[matrix.parameter].clone()
+                matrix.of(result).mul_(stays_OI)
+            else:
+                # Not a copy filled in place: numbers that are mapped from a file would be copied page by page.
+                result[matrix.parameter] = result[matrix.parameter] * (stays_OI.mT if matrix.transposed else stays_OI)
         return result
+
+    def _in_dense_shape(self, name: str, mask_OI: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A mask over the dense matrix, from one over what the cut leaves of it."""
+        whole = self.matrices[name].shape({key: tensor.shape for key, tensor in tensors.items()})
+        if tuple(mask_OI.shape) == tuple(whole):
+            return mask_OI
+        rows, columns = self.survivors(name, tensors)
+        stays_OI = torch.ones(whole, dtype=torch.bool, device=mask_OI.device)
+        stays_OI[rows[:, None], columns] = mask_OI
+        return stays_OI
 
     def _masked(
         self, result: dict[str, torch.Tensor], given: Mapping[str, torch.Tensor], in_place: bool
