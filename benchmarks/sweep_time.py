@@ -47,7 +47,6 @@ result = dict(seconds=time.perf_counter() - started)
 """
 
 WANDA = {"criterion": "wanda", "unit": "weight", "ratio": 0.5}
-TAYLOR = {"criterion": "taylor", "unit": "channel", "ratio": 0.25}
 FORTH, BACK = "plain forward, no head", "plain forward and backward, head"
 SPARE = 2 << 30
 
@@ -59,17 +58,15 @@ WAYS: dict[str, tuple[str, dict, str, float | None]] = {
     "wanda 50 %, 2 GiB": (PLANNED, {"fields": WANDA, "memory": SPARE}, FORTH, 2.3),
     "exact gradients, nothing kept": (STREAMED, {"save": "", "memory": 0}, BACK, 1.4),
     "exact gradients, 2 GiB": (STREAMED, {"save": "", "memory": SPARE}, BACK, 1.4),
-    "taylor channels 25 %, nothing kept": (PLANNED, {"fields": TAYLOR, "memory": 0}, BACK, None),
-    "taylor channels 25 %, 2 GiB": (PLANNED, {"fields": TAYLOR, "memory": SPARE}, BACK, None),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", type=Path, default=DEFAULT_REFERENCE)
-    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--micro-batch", type=int, default=1)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=int, default=2)
     parser.add_argument("--name", default="sweep_time", help="of the files with the results")
     arguments = parser.parse_args()
     sizes = f"--windows {arguments.windows} --micro-batch {arguments.micro_batch}"
