@@ -1,10 +1,10 @@
 """What a sweep takes beside one plain pass with the whole model in memory: SmolLM2-135M, one thread, interleaved.
 
-    python benchmarks/sweep_time.py [--reference DIR] [--windows 12] [--repetitions 3]
+    python benchmarks/sweep_time.py [--reference DIR] [--windows 32] [--repetitions 2]
 
 Wanda's sweep (weights 50 %, pruned propagation: gather, score, mask, and run again, without writing a model) is held against one plain forward
-without the head; the exact-gradient sweep (mean gradient of every matrix, head included) and element Taylor's whole choice of channels against
-one plain forward and backward with the head. Every measurement is a process of its own; all are run in turns, each repetition in the opposite order
+without the head; the exact-gradient sweep (mean gradient of every matrix, head included) against one plain forward and backward with the
+head. Every measurement is a process of its own; all are run in turns, each repetition in the opposite order
 of the one before, and the figure is the median of the ratios within the repetitions. Reading and hashing the weights at the beginning of a run are not counted (they are in
 one_shot.py). Streamed ways run with nothing allowed to keep, and with 2 GiB. Results are kept as they come; a second call goes on with what is
 missing.

@@ -1,6 +1,6 @@
 """What a sweep measures, one file a kind of statistic.
 
-A statistic belongs to one matrix of one block, seen as ``(O, I)`` however the block keeps it. It is fed one calibration window at a time, merges with
+A statistic belongs to one matrix of one block, seen as ``(O, I)`` however the block keeps it. It is fed one calibration window at a time, adds up with
 another worker's part, and gives its state as named tensors to store and resume. Every statistic is a mean over windows
 ("sequences" in methods §0.2), so that figures do not depend on how many there were.
 """

@@ -37,12 +37,6 @@ class Statistic(ABC):
             return self
         return type(self).from_state({"total": self.total.to(device), "windows": torch.tensor(self.windows)})
 
-    def merge(self, other: Self) -> None:
-        """Fold in what another worker gathered on other windows."""
-        if other.total is not None:
-            self.total = other.total.clone() if self.total is None else self.total.add_(other.total)
-            self.windows += other.windows
-
     def as_sum(self) -> torch.Tensor:
         """A tensor that adds up with those of other workers, its own to change."""
         if self.total is None:

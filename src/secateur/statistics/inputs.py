@@ -28,14 +28,6 @@ class InputNorm(InputStatistic):
         self.total += term / (seen + 1)
         self.windows = seen + 1
 
-    def merge(self, other: InputNorm) -> None:
-        """Weigh the two running means by their windows."""
-        if other.total is None:
-            return
-        both = self.windows + other.windows
-        mine = 0 if self.total is None else self.total * (self.windows / both)
-        self.total, self.windows = mine + other.total * (other.windows / both), both
-
     def as_sum(self) -> torch.Tensor:
         return super().as_sum() * self.windows
 

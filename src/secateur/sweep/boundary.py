@@ -87,18 +87,6 @@ class BoundaryStore:
         self._wait_for_writing()  # one tensor at a time waits for the disk
         self._writing[key] = (tensor, self._worker.submit(self._write, key, tensor.contiguous()))
 
-    def pop(self, key: Key) -> torch.Tensor:
-        """Take the tensor under ``key`` out of memory; one that is on disk stays there until its boundary is dropped."""
-        if key in self._held:
-            tensor = self._held.pop(key)
-            self.budget.held -= _bytes(tensor)
-            return tensor
-        if key in self._writing:
-            tensor, future = self._writing[key]
-            future.result()
-            return tensor
-        return self._worker.submit(self._read, key).result()
-
     def stream(
         self,
         boundary: int,
