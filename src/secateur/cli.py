@@ -72,7 +72,8 @@ def _begin(verbose: bool) -> None:
 
 def _worker() -> int:
     """This process's number among those that torchrun has started."""
-    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return int(rank) if rank.isdigit() and size.isdigit() and int(size) > 1 else 0
 
 
 def _print_json(record: Any) -> None:

@@ -117,7 +117,12 @@ class Planner:
     def estimate(self, out: Path | None) -> Estimate:
         """What gathering, scoring and, with ``out``, writing will take on this machine."""
         place, recipe = self.workplace, self.recipe
-        count, length = self.windows.ids_NT.shape if self.criterion.needs() else (1, 1)
+        count, length = self.windows.ids_NT.shape if self.criterion.needs() else (place.workers.size, 1)
+        if count < place.workers.size:
+            raise RecipeError(
+                f"{place.workers.size} workers cannot share {count} calibration windows; start at most {count}, or give more "
+                "--windows"
+            )
         dense = recipe.propagate == "dense" or not self._on_the_way(self.criterion.needs())[0]
         kept = 4 * self._maskable() if dense and recipe.masks_weights and self._keeps_scores else 0
         of_this = (max(1, len(place.workers.share(count))), length)

@@ -116,8 +116,8 @@ class Recipe(BaseModel):
     def _consistent(self) -> Self:
         criterion = criterion_from(self.criterion)
         object.__setattr__(self, "criterion", str(criterion))
-        if self.memory is not None:
-            parse_bytes(self.memory)
+        if self.memory is not None and not parse_bytes(self.memory):
+            raise RecipeError(f"--memory {self.memory} leaves nothing to work in; write for example 4GiB")
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", self.device):
             raise RecipeError(f"--device is auto, cpu, cuda or cuda:N, not '{self.device}'")
         if self.blocks is not None and not re.fullmatch(r"[0-9]*:[0-9]*", self.blocks):

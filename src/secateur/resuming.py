@@ -143,7 +143,8 @@ class Start:
                 f"{folder} holds an unfinished run with {before} workers, and this one has {now}; give as many, or "
                 "--other-workers to go on although sums may then differ in their last bits"
             )
-        log.warning("Going on with %d workers instead of %d: sums may differ in their last bits.", now, before)
+        workers = "one worker" if now == 1 else f"{now} workers"
+        log.warning("Going on with %s instead of %d: sums may differ in their last bits.", workers, before)
         return now
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -344,6 +345,9 @@ def _plan_file(out: Path | None, overwrite: bool, goes_on: bool) -> Path | None:
     if out is None:
         return None
     file = out if out.suffix == ".json" else out / PLAN_FILE
+    present = next(place for place in absolute(file).parents if place.exists())
+    if not os.access(present, os.W_OK):
+        raise OutputError(f"{file} cannot be written: {present} does not allow it; give another --out")
     if goes_on:
         for written in (file, masks_beside(file)):
             remove_temporaries(file.parent, written.name)

@@ -247,7 +247,8 @@ def _begin(folder: Path, start: Start, overwrite: bool) -> Work:
 def _make_parents(partial: Path) -> list[Path]:
     """Create ``partial`` and return the folders that were not there, innermost first."""
     made = [folder for folder in (partial, *partial.parents) if not folder.exists()]
-    if partial.is_dir() and any(partial.iterdir()) and (partial.is_symlink() or not (partial / MARK).is_file()):
+    foreign = partial.is_dir() and any(partial.iterdir()) and not (partial / MARK).is_file()
+    if foreign or partial.is_symlink() or partial.is_file():
         raise OutputError(
             f"{partial} is in the way and is not the work of an unfinished run; move it, or give another --out"
         )

@@ -101,15 +101,35 @@ class _lost_is_an_error:  # noqa: N801 - reads as a word in a with statement
             raise LostWorkerError("another worker has ended, so this one stops too") from error
 
 
+def started() -> int:
+    """How many processes ``torchrun`` says it has started.
+
+    Raises:
+        RecipeError: what it says is no number.
+    """
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdigit() or int(text) < 1:
+        raise RecipeError(
+            f"WORLD_SIZE is '{text}', which is no number of workers; start them with torchrun, or unset it"
+        )
+    return int(text)
+
+
 def join() -> Workers:
     """The workers that ``torchrun`` has started, or this process alone.
 
     Raises:
         ResourceError: they cannot be reached.
+        RecipeError: the environment speaks of workers that are not there.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or "MASTER_ADDR" not in os.environ:
+    size = started()
+    if size == 1:
         return ALONE
+    if "MASTER_ADDR" not in os.environ or "RANK" not in os.environ:
+        raise RecipeError(
+            f"WORLD_SIZE says that there are {size} workers, but torchrun has not started them; start them with it, or "
+            "unset WORLD_SIZE"
+        )
     if not torch.distributed.is_initialized():
         gpu = torch.cuda.is_available()
         if gpu:
@@ -129,7 +149,7 @@ def alone(command: str) -> None:
     Raises:
         RecipeError: ``torchrun`` has started more than one.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if started() > 1:
         raise RecipeError(f"several workers share the work of prune, not of {command}; start it without torchrun")
 
 

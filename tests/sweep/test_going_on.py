@@ -111,6 +111,34 @@ def test_without_commits_everything_is_done_again(deep_folder, windows_NT, tmp_p
     assert same({5: first[5], 4: first[4]} | rest, whole)
 
 
+@pytest.mark.parametrize("damage", ["bytes", "mark", "list", "short", "missing"])
+@pytest.mark.parametrize("way", ["backward", "pruned"])
+def test_damage_between_blocks_is_computed_again(deep_folder, windows_NT, tmp_path, monkeypatch, way, damage):
+    monkeypatch.setattr(boundary, "COMMIT_SHARE", 1e9)
+    pruned, needs = way == "pruned", frozenset({InputNorm}) if way == "pruned" else BACKWARD
+    whole, _ = walk(deep_folder, windows_NT, tmp_path / "whole", needs, pruned)
+    first, _ = walk(deep_folder, windows_NT, tmp_path / "s", needs, pruned, stop_at=3)
+    for mark in (tmp_path / "s").rglob("boundary-*.json"):
+        data = mark.with_suffix(".bin")
+        content = data.read_bytes()
+        match damage:
+            case "bytes":
+                middle = len(content) // 2
+                data.write_bytes(content[:middle] + bytes(4) + content[middle + 4 :])
+            case "mark":
+                mark.write_text("{garbage")
+            case "list":
+                mark.write_text("[1, 2]")
+            case "short":
+                data.write_bytes(content[:-7])
+            case "missing":
+                data.unlink()
+    finished = {i: found for i, found in first.items() if (i < 3 if pruned else i > 3)}
+    blocks = range(BLOCKS) if pruned else range(4)
+    rest, _ = walk(deep_folder, windows_NT, tmp_path / "s", needs, pruned, blocks=blocks, done=3)
+    assert same(finished | rest, whole)
+
+
 def test_a_store_is_found_again_and_keeps_bits_and_dtypes(tmp_path):
     tensors = {batch: torch.randn(2, 3, 5).to(dtype) for batch, dtype in enumerate([torch.float32, torch.bfloat16])}
     store = BoundaryStore(0, tmp_path / "s")

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -33,6 +34,10 @@ ROOM = 1 << 30
 """Bytes that making boundaries safe leaves free on the disk."""
 
 
+class DamagedBoundaryError(Exception):
+    """What an earlier process left is not what it wrote; it has to be computed again."""
+
+
 class Budget:
     """Bytes that several stores may hold together."""
 
@@ -52,6 +57,11 @@ class _Place:
     offset: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+    checksum: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
 class BoundaryStore:
@@ -72,9 +82,13 @@ class BoundaryStore:
         self._files: dict[int, BinaryIO] = {}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="boundaries")
         self._writing: dict[Key, tuple[torch.Tensor, Future[None]]] = {}
-        self._committed = {int(mark.stem.split("-")[1]) for mark in folder.glob("boundary-*.json")}
-        for boundary in self._committed:
-            self._places[boundary] = _read_mark(self._mark(boundary))
+        for mark in folder.glob("boundary-*.json"):
+            places = _read_mark(mark)
+            if places is None:
+                mark.unlink()
+            else:
+                self._places[int(mark.stem.split("-")[1])] = places
+        self._committed = set(self._places)
 
     # -- one tensor
 
@@ -195,8 +209,9 @@ class BoundaryStore:
         boundary, batch = key
         stream = self._file(boundary)
         offset = stream.seek(0, os.SEEK_END)
-        stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        self._places[boundary][batch] = _Place(offset, tuple(tensor.shape), tensor.dtype)
+        content = tensor.reshape(-1).view(torch.uint8).numpy().data
+        stream.write(content)
+        self._places[boundary][batch] = _Place(offset, tuple(tensor.shape), tensor.dtype, zlib.crc32(content))
 
     def _read(self, key: Key) -> torch.Tensor:
         boundary, batch = key
@@ -204,8 +219,10 @@ class BoundaryStore:
         tensor = torch.empty(place.shape, dtype=place.dtype)
         stream = self._file(boundary)
         stream.seek(place.offset)
-        if stream.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) != _bytes(tensor):  # type: ignore[attr-defined]
-            raise OSError(f"{self._data(boundary)} is shorter than what was written to it")
+        content = tensor.reshape(-1).view(torch.uint8).numpy().data
+        read = stream.readinto(content)  # type: ignore[attr-defined]
+        if read != _bytes(tensor) or zlib.crc32(content) != place.checksum:
+            raise DamagedBoundaryError(self._data(boundary))
         return tensor
 
     def _wait_for_writing(self) -> None:
@@ -233,10 +250,16 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 def _mark_text(places: dict[int, _Place]) -> str:
     return json.dumps(
-        {str(b): [p.offset, list(p.shape), str(p.dtype).removeprefix("torch.")] for b, p in places.items()}
+        {str(b): [p.offset, list(p.shape), str(p.dtype).removeprefix("torch."), p.checksum] for b, p in places.items()}
     )
 
 
-def _read_mark(mark: Path) -> dict[int, _Place]:
-    content = json.loads(mark.read_text(encoding="utf-8"))
-    return {int(b): _Place(offset, tuple(shape), getattr(torch, d)) for b, (offset, shape, d) in content.items()}
+def _read_mark(mark: Path) -> dict[int, _Place] | None:
+    """What a mark says of its file; None where either is damaged."""
+    try:
+        content = json.loads(mark.read_text(encoding="utf-8"))
+        places = {int(b): _Place(o, tuple(s), getattr(torch, d), c) for b, (o, s, d, c) in content.items()}
+        size = mark.with_suffix(".bin").stat().st_size
+        return places if max(place.end for place in places.values()) <= size else None
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None

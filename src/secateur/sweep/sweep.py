@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,10 +11,11 @@ from torch import nn
 
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import resident_block
-from secateur.console import track
-from secateur.errors import ModelError
+from secateur.console import log, track
+from secateur.errors import ModelError, ResourceError
 from secateur.statistics import BlockStatistics, GradientStatistic, Statistic, gradient_kinds
 from secateur.sweep.backward import BackwardWalk
+from secateur.sweep.boundary import DamagedBoundaryError
 from secateur.sweep.forward_only import ForwardOnlyWalk, estimated
 from secateur.sweep.walk import ForwardWalk, SweepSettings, Visit
 
@@ -44,9 +47,7 @@ class Sweep:
         """
         gradients = gradient_kinds(needs)
         if gradients and self.settings.gradient == "exact":
-            walk = BackwardWalk(self.checkpoint, self.ids_NT, self.settings, "backward")
-            walk.run(needs, blocks, visit)
-            self.loss = walk.loss
+            self._backward(needs, blocks, visit)
         elif gradients and self.settings.gradient == "forward":
             queries = ForwardOnlyWalk(self.checkpoint, self.ids_NT, self.settings)
             c_QN = queries.measure_QN(blocks)
@@ -60,7 +61,34 @@ class Sweep:
             self._forward(needs, blocks, visit)
 
     def _forward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
-        ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "forward").run(needs, blocks, visit, pruned=False)
+        def walk() -> None:
+            ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "forward").run(needs, blocks, visit, pruned=False)
+
+        self._again_if_damaged(walk, "forward")
+
+    def _backward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
+        def walk() -> None:
+            backward = BackwardWalk(self.checkpoint, self.ids_NT, self.settings, "backward")
+            backward.run(needs, blocks, visit)
+            self.loss = backward.loss
+
+        self._again_if_damaged(walk, "backward")
+
+    def _again_if_damaged(self, walk: Callable[[], None], name: str) -> None:
+        """Walk; where what an earlier process kept between blocks turns out to be damaged, from the beginning.
+
+        Raises:
+            ResourceError: it is damaged, and other workers wait for this one; the next attempt will do without it.
+        """
+        try:
+            walk()
+        except DamagedBoundaryError as error:
+            for folder in self.settings.scratch.glob(f"{name}*"):
+                shutil.rmtree(folder, ignore_errors=True)
+            if self.settings.workers.size > 1:
+                raise ResourceError(f"{error} was damaged, and has been removed") from error
+            log.warning("What was kept between blocks was damaged; it is computed again.")
+            walk()
 
     def _visit_without_running(self, blocks: range, visit: Visit) -> None:
         for index in track(blocks, "Scoring the blocks"):
@@ -90,8 +118,12 @@ class Sweep:
             done: the first block whose visit is not known to be done and on disk; those before it may be left out.
         """
         assert self.settings.gradient == "block" or not gradient_kinds(needs)
-        walk = ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "pruned")
-        walk.run(needs, blocks, visit, pruned=True, done=done)
+
+        def walk() -> None:
+            forward = ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "pruned")
+            forward.run(needs, blocks, visit, pruned=True, done=done)
+
+        self._again_if_damaged(walk, "pruned")
 
 
 def require_causal(checkpoint: Checkpoint) -> None:
