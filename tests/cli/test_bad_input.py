@@ -356,11 +356,10 @@ def test_too_little_disk_is_seen_before_writing(
         code, _, err = command(*words)
     assert code == 2
     assert "has 1000 B free" in err.splitlines()[-1]
-    assert "the same command goes on from there" in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
-    code, _, err = command(*words)
+    assert not (tmp_path / "out.partial").exists(), "refused before any work"
+    code, _, _ = command(*words)
     assert code == 0
-    assert "Going on with" in err
 
 
 def test_a_second_run_in_the_same_folder_is_refused(command, llama_folder, windows_file, tmp_path):
