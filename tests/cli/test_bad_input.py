@@ -280,9 +280,9 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on(llama_folder, windows_f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["--unit", "weight"], ["--memory", "0", "--criterion", "wanda"]])
+@pytest.mark.parametrize("words", [["--unit", "weight"], ["--criterion", "wanda"]])
 def test_a_disk_that_fills_up_in_cache_or_spill(words, save, windows_file, tmp_path):
-    """Scores and spilled activations are written before any weight is; the limit is too small for either."""
+    """Scores, and what stands between blocks, are written before any weight is; the limit is too small for either."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
