@@ -266,7 +266,7 @@ def test_another_number_of_workers_has_to_be_asked_for(unfinished, llama_folder,
     assert "with 2 workers, and this one has 1; give as many, or --other-workers" in err
     code, _, err = command(*words, "--other-workers")
     assert code == 0
-    assert "1 workers instead of 2: sums may differ" in err
+    assert "one worker instead of 2: sums may differ" in err
 
 
 def test_a_folder_killed_in_its_first_instant_starts_over(unfinished, llama_folder, tmp_path):
