@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from secateur.statistics.base import InputStatistic
@@ -17,10 +19,26 @@ class InputNorm(InputStatistic):
 
     name = "input_norm"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: list[torch.Tensor] | None = None
+
+    def remember(self) -> None:
+        """Keep each window's term, so that several workers' can be folded in the order of the windows, to the same bits."""
+        self.terms = []
+
+    def fold_in_order(self, terms: Iterable[torch.Tensor]) -> None:
+        """Become the statistic of the windows that have these terms."""
+        self.total, self.windows, self.terms = None, 0, None
+        for term in terms:
+            self.fold(term)
+
     def term(self, x_TI: torch.Tensor) -> torch.Tensor:
         return torch.norm(x_TI.float().T, p=2, dim=1) ** 2
 
     def fold(self, term: torch.Tensor) -> None:
+        if self.terms is not None:
+            self.terms.append(term)
         if self.total is None:
             self.total = torch.zeros_like(term)
         seen = self.windows

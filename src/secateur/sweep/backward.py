@@ -106,7 +106,7 @@ class BackwardWalk(Walk):
         with progress("Forward over the blocks", walk.stop, "block", self.tokens, walk.start) as advance:
             for index in walk:
                 matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
-                statistics = fresh(matrices, from_inputs)
+                statistics = self.fresh(matrices, from_inputs)
                 with self.block(index, ahead=index + 1) as block:
                     taps = InputTaps(matrices, of_kind(statistics, InputStatistic))
                     for batch, x_BTD in self.stream(inputs, index, keep=keep_from > index >= blocks.start):
@@ -115,6 +115,7 @@ class BackwardWalk(Walk):
                         inputs.put((index + 1, batch), finite(out_BTD, index))
                         advance.within(self.seen(batch), self.seen(-1))
                 if from_inputs and index in blocks:
+                    self.merge(statistics)
                     states.put(index, as_states(statistics))
                 self.commit(inputs, index + 1)
                 if not keep_from > index >= blocks.start:
@@ -235,7 +236,6 @@ class BackwardWalk(Walk):
         if kinds:
             own: BlockStatistics = {name: {} for name in statistics}
             add_states(own, states.get(index), kinds)
-            self.merge(own)
             for name, found in own.items():
                 statistics[name] |= found
 

@@ -25,6 +25,7 @@ from secateur.statistics import (
     BlockStatistics,
     GradientSource,
     GradientStatistic,
+    InputNorm,
     InputStatistic,
     Statistic,
     gradient_kinds,
@@ -128,9 +129,24 @@ class Walk:
             return
         for kinds in statistics.values():
             for statistic in kinds.values():
+                if isinstance(statistic, InputNorm) and statistic.terms is not None:
+                    device = statistic.terms[0].device
+                    parts = self.workers.all(torch.stack(statistic.terms).cpu())
+                    statistic.fold_in_order(term.to(device) for part in parts for term in part)
+                    continue
                 summed = statistic.as_sum()
                 self.workers.add_up([summed])
                 statistic.set_sum(summed, self.windows)
+
+    def fresh(self, matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
+        """Statistics that have seen nothing."""
+        statistics = fresh(matrices, needs)
+        if self.workers.size > 1:
+            for kinds in statistics.values():
+                for statistic in kinds.values():
+                    if isinstance(statistic, InputNorm):
+                        statistic.remember()
+        return statistics
 
     def seen(self, batch: int) -> int:
         """Windows of this worker that are through after ``batch``; after -1, the last, all."""
@@ -191,7 +207,7 @@ class ForwardWalk(Walk):
         advance: Advance,
     ) -> None:
         matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
-        statistics = fresh(matrices, needs)
+        statistics = self.fresh(matrices, needs)
         last = index == blocks.stop - 1
         again = pruned and index in blocks and not last
         taps = InputTaps(matrices, of_kind(statistics, InputStatistic))
