@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ from secateur.recipe import Recipe
 from secateur.removal.masks import row_mask
 from secateur.scoring import BlockScorer
 from secateur.statistics import GradientStatistic, InputStatistic, gradient_kinds
-from secateur.sweep.backward import LOGITS, Kept, bytes_kept
+from secateur.sweep.backward import LOGITS, bytes_kept
 from secateur.sweep.entrance import BlockCalls, enter
-from secateur.sweep.taps import GradientTaps, InputTaps
+from secateur.sweep.taps import InputTaps, Kept, run_with_graph
 from secateur.sweep.walk import fresh, of_kind
 
 SHARE_OF_FREE = 0.85
@@ -324,10 +325,7 @@ class _Run:
 
     def with_graph(self) -> Kept:
         assert self._calls is not None
-        x_BTD = self._x[0].detach().requires_grad_()
-        taps = GradientTaps(self._matrices, len(x_BTD))
-        with torch.enable_grad(), taps.watching(self._block):
-            return Kept(x_BTD, self._calls.run(self._block, 0, 0, x_BTD), taps)
+        return run_with_graph(self._block, partial(self._calls.run, self._block, 0, 0), self._x[0], self._matrices)
 
     def forward_and_back(self) -> None:
         kept = self.with_graph()

@@ -8,6 +8,8 @@ from typing import ClassVar, Literal, Self
 
 import torch
 
+from secateur.workers import Workers
+
 GradientSource = Literal["exact", "block", "forward"]
 """How gradients are come by: backpropagation of the loss, backpropagation of each block's own output, or forward runs."""
 
@@ -46,6 +48,15 @@ class Statistic(ABC):
     def set_sum(self, summed: torch.Tensor, windows: int) -> None:
         """Become the statistic of all ``windows`` windows, from what ``as_sum`` gave, added up over workers."""
         self.total, self.windows = summed, windows
+
+    def remember(self) -> None:  # noqa: B027 - most have nothing to remember
+        """Told before the first window when other workers have windows too."""
+
+    def join(self, workers: Workers, windows: int) -> None:
+        """Become the statistic of all ``windows`` windows of all workers."""
+        summed = self.as_sum()
+        workers.add_up([summed])
+        self.set_sum(summed, windows)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything needed to store this statistic and to go on from it."""

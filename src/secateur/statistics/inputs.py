@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 
 from secateur.statistics.base import InputStatistic
+from secateur.workers import Workers
 
 
 class InputNorm(InputStatistic):
@@ -27,11 +26,15 @@ class InputNorm(InputStatistic):
         """Keep each window's term, so that several workers' can be folded in the order of the windows, to the same bits."""
         self.terms = []
 
-    def fold_in_order(self, terms: Iterable[torch.Tensor]) -> None:
-        """Become the statistic of the windows that have these terms."""
+    def join(self, workers: Workers, windows: int) -> None:
+        if not self.terms:
+            super().join(workers, windows)
+            return
+        device, parts = self.terms[0].device, workers.all(torch.stack(self.terms).cpu())
         self.total, self.windows, self.terms = None, 0, None
-        for term in terms:
-            self.fold(term)
+        for part in parts:
+            for term in part:
+                self.fold(term.to(device))
 
     def term(self, x_TI: torch.Tensor) -> torch.Tensor:
         return torch.norm(x_TI.float().T, p=2, dim=1) ** 2

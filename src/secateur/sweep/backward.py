@@ -8,7 +8,7 @@ fits in the memory allowed, it is kept and the recomputation skipped; the result
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,20 +23,11 @@ from secateur.errors import ModelError
 from secateur.statistics import BlockStatistics, GradientStatistic, InputStatistic, Statistic, add_states, as_states
 from secateur.sweep.boundary import BoundaryStore
 from secateur.sweep.entrance import BlockCalls, head
-from secateur.sweep.taps import GradientTaps, InputTaps
+from secateur.sweep.taps import InputTaps, Kept, run_with_graph
 from secateur.sweep.walk import Visit, Walk, finite, fresh, of_kind
 
 LOGITS = 64 << 20
 """Bytes of float32 logits that exist at once; a window whose logits are larger goes through the head in pieces."""
-
-
-@dataclass
-class Kept:
-    """One block's run on one micro-batch with its autograd graph."""
-
-    x_BTD: torch.Tensor
-    out_BTD: torch.Tensor
-    taps: GradientTaps
 
 
 class BackwardWalk(Walk):
@@ -142,11 +133,7 @@ class BackwardWalk(Walk):
     def _with_graph(
         self, index: int, block: nn.Module, calls: BlockCalls, batch: int, x_BTD: torch.Tensor, matrices: BlockMatrices
     ) -> Kept:
-        x_BTD = x_BTD.detach().requires_grad_()
-        taps = GradientTaps(matrices, len(x_BTD))
-        with torch.enable_grad(), taps.watching(block):
-            out_BTD = calls.run(block, index, batch, x_BTD)
-        return Kept(x_BTD, out_BTD, taps)
+        return run_with_graph(block, partial(calls.run, block, index, batch), x_BTD, matrices)
 
     # -- the loss
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from secateur.checkpoint.matrices import BlockMatrices
 from secateur.statistics import GradientStatistic
-from secateur.sweep.taps import GradientTaps
+from secateur.sweep.taps import run_with_graph
 
 
 def run_with_own_gradients(
@@ -31,12 +31,11 @@ def run_with_own_gradients(
     Returns:
         what the block gives, without a graph.
     """
-    taps = GradientTaps(matrices, len(x_BTD))
-    with torch.enable_grad(), taps.watching(block):
-        out_BTD = run(x_BTD.detach().requires_grad_())
-    out_BTD.backward(gradient_of_norm(out_BTD.detach()))
-    taps.fold(statistics)
-    return out_BTD.detach()
+    kept = run_with_graph(block, run, x_BTD, matrices)
+    out_BTD = kept.out_BTD.detach()
+    kept.out_BTD.backward(gradient_of_norm(out_BTD))
+    kept.taps.fold(statistics)
+    return out_BTD
 
 
 def gradient_of_norm(out_BTD: torch.Tensor) -> torch.Tensor:

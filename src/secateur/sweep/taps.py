@@ -7,7 +7,7 @@ are routed to it and nothing else; a window of which none is adds nothing to its
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -137,6 +137,25 @@ class GradientTaps:
                 gradient_OI = _weight_gradient(uses)
                 for statistic in kinds:
                     statistic.update(gradient_OI, self._windows)
+
+
+@dataclass
+class Kept:
+    """One block's run on one micro-batch with its autograd graph."""
+
+    x_BTD: torch.Tensor
+    out_BTD: torch.Tensor
+    taps: GradientTaps
+
+
+def run_with_graph(
+    block: nn.Module, run: Callable[[torch.Tensor], torch.Tensor], x_BTD: torch.Tensor, matrices: BlockMatrices
+) -> Kept:
+    """Run ``block`` on a micro-batch so that a backward pass from what it gives can be folded into statistics."""
+    x_BTD = x_BTD.detach().requires_grad_()
+    taps = GradientTaps(matrices, len(x_BTD))
+    with torch.enable_grad(), taps.watching(block):
+        return Kept(x_BTD, run(x_BTD), taps)
 
 
 class _Watched:

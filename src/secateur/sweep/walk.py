@@ -25,7 +25,6 @@ from secateur.statistics import (
     BlockStatistics,
     GradientSource,
     GradientStatistic,
-    InputNorm,
     InputStatistic,
     Statistic,
     gradient_kinds,
@@ -129,14 +128,7 @@ class Walk:
             return
         for kinds in statistics.values():
             for statistic in kinds.values():
-                if isinstance(statistic, InputNorm) and statistic.terms is not None:
-                    device = statistic.terms[0].device
-                    parts = self.workers.all(torch.stack(statistic.terms).cpu())
-                    statistic.fold_in_order(term.to(device) for part in parts for term in part)
-                    continue
-                summed = statistic.as_sum()
-                self.workers.add_up([summed])
-                statistic.set_sum(summed, self.windows)
+                statistic.join(self.workers, self.windows)
 
     def fresh(self, matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
         """Statistics that have seen nothing."""
@@ -144,8 +136,7 @@ class Walk:
         if self.workers.size > 1:
             for kinds in statistics.values():
                 for statistic in kinds.values():
-                    if isinstance(statistic, InputNorm):
-                        statistic.remember()
+                    statistic.remember()
         return statistics
 
     def seen(self, batch: int) -> int:
