@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +20,10 @@ from secateur.allocation import (
 )
 from secateur.allocation.goal import Goal, Solved, solve, solve_by_kind
 from secateur.allocation.pools import Chosen, Key
+from secateur.allocation.policy import Policy
+from secateur.allocation.shares import apportion
 from secateur.allocation.two_tier import check_middle
-from secateur.allocation.uniform import check_share, rounded
+from secateur.allocation.uniform import check_share, check_total, rounded
 from secateur.checkpoint.reader import Checkpoint
 from secateur.errors import RecipeError
 from secateur.quantities import Target
@@ -37,6 +39,9 @@ Amounts = Mapping[Key, int]
 """How many units leave each family of each pool."""
 
 
+LARGEST_SHARE = 1 - 1e-6
+"""What is asked of a policy at most; how many can really leave limits counts afterwards."""
+
 Shares = Mapping[str, float]
 """For each kind of unit the ratio that leaves."""
 
@@ -47,6 +52,7 @@ class Chooser:
     Args:
         structure: all units of the model.
         goal: what a round of several takes; None takes all that the recipe asks for.
+        figures: gives what the allocation's policy, if it is one, measures of each block that may be pruned.
 
     Attributes:
         pools: what there is to choose from, in the order in which it is decided.
@@ -56,8 +62,16 @@ class Chooser:
         RecipeError: the model does not have what the recipe asks for, or cannot give so much of it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, structure: Structure, recipe: Recipe, goal: Goal | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        structure: Structure,
+        recipe: Recipe,
+        goal: Goal | None = None,
+        figures: Callable[[], Sequence[Mapping[str, float]]] = list,
+    ) -> None:
         self.checkpoint, self.structure, self.recipe = checkpoint, structure, recipe
+        self._policy, self._figures = recipe.parsed_policy(), figures
         count = len(checkpoint.skeleton.blocks)
         self.blocks = recipe.block_range(count)
         middle = recipe.middle(count) if recipe.allocation == "two-tier" else self.blocks
@@ -93,6 +107,8 @@ class Chooser:
             check_middle(self.pools, self._everywhere, self.recipe.cut_ratio)
         elif self.recipe.allocation == "uniform":
             check_share(self.pools, self.recipe.cut_ratio)
+        elif self._policy is not None:
+            check_total(self.pools, self.recipe.cut_ratio)
 
     @cached_property
     def _everywhere(self) -> list[Pool]:
@@ -172,9 +188,33 @@ class Chooser:
             pools = [pool for pool in self.pools if pool.kind == kind]
             if self.recipe.allocation == "two-tier":
                 amounts |= two_tier_amounts(pools, self._everywhere, share, round_to)
+            elif self._policy is not None:
+                amounts |= self._by_policy(self._policy, pools, share, round_to)
             else:
                 amounts |= uniform_amounts(pools, share, round_to)
         return amounts
+
+    def _by_policy(self, policy: Policy, pools: Sequence[Pool], share: float, round_to: int) -> Amounts:
+        """As many units of one kind in all as ``share`` says, each block its own part."""
+        figures = dict(zip(self.blocks, self._figures(), strict=True))
+        joined = [policy.of_block(figures[pool.block]) for pool in pools]
+        known = [{} if figure is None else {"units": figure} for figure in joined]
+        sizes = [pool.size for pool in pools]
+        total = min(int(sum(sizes) * share), sum(pool.most for pool in pools))
+        if not total:
+            return {pool.key: 0 for pool in pools}
+        ratios = policy.shares(known, [{"units": size} for size in sizes], min(share, LARGEST_SHARE))
+        wish = [own["units"] * size for own, size in zip(ratios, sizes, strict=True)]
+        counts = apportion(wish, [pool.most for pool in pools], total)
+        self.note_ratios(pools[0].kind, ratios, [pool.block for pool in pools])
+        return {pool.key: rounded(pool, count, round_to) for pool, count in zip(pools, counts, strict=True)}
+
+    def note_ratios(
+        self, kind: str, ratios: Sequence[Mapping[str, float]], blocks: Sequence[int] | None = None
+    ) -> None:
+        """Keep for the record what share of a kind each block gives, the mean of its matrices."""
+        of_blocks = [round(sum(own.values()) / len(own), 4) if own else 0.0 for own in ratios]
+        self.notes.setdefault("allocation", {})[kind] = dict(zip(map(str, blocks or self.blocks), of_blocks, strict=True))
 
     def _lowest(self, amounts: Amounts, scores: Mapping[Key, torch.Tensor] | None) -> Chosen:
         """The lowest units; where there are no scores yet, the first of them, which leave the same sizes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 
 import secateur
 from secateur.allocation.goal import Goal
+from secateur.allocation.mask_amounts import MaskAmounts
 from secateur.allocation.weights import WeightChooser
 from secateur.blockstore import BlockStore, trim_cache
 from secateur.calibration import TokenWindows
@@ -29,8 +30,10 @@ from secateur.plans import Plan
 from secateur.preflight import Estimate, Preflight, limit_of
 from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
+from secateur.removing import Remover
 from secateur.resuming import note_finished
 from secateur.scoring import BlockScorer, weight_scores
+from secateur.spreading import allocation_figures
 from secateur.statistics import Statistic, add_states, as_states, gradient_kinds
 from secateur.statistics.half import halved, whole
 from secateur.structure import OUTSIDE, Structure, cut_shapes, find_all_units
@@ -42,6 +45,10 @@ DECISIONS = "decisions"
 
 KEPT_SCORES = 4 * 1024**3
 """Bytes of weights' scores that are kept for another ratio; beyond, masks are decided on the way."""
+
+
+Decide = Callable[[int, nn.Module, BlockStatistics], BlockDecision]
+"""Decides over one block."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,7 @@ class Planner:
         windows: TokenWindows | None = None,
     ) -> None:
         self.checkpoint, self.recipe, self.workplace = checkpoint, recipe, workplace
-        self.criterion, self.goal = recipe.parsed_criterion(), goal
+        self.criterion, self.removal, self.goal = recipe.parsed_criterion(), recipe.parsed_removal(), goal
         self.blocks = recipe.block_range(len(checkpoint.skeleton.blocks))
         if windows is not None:
             self.windows = windows
@@ -97,7 +104,7 @@ class Planner:
                 checkpoint.skeleton.prunable(index)
         if recipe.ratio == 0:
             raise removes_nothing(recipe)
-        self.chooser = Chooser(checkpoint, self.structure, recipe, goal)
+        self.chooser = Chooser(checkpoint, self.structure, recipe, goal, lambda: self._figures)
         if goal is None:
             self._check_amounts()
 
@@ -117,13 +124,13 @@ class Planner:
     def estimate(self, out: Path | None) -> Estimate:
         """What gathering, scoring and, with ``out``, writing will take on this machine."""
         place, recipe = self.workplace, self.recipe
-        count, length = self.windows.ids_NT.shape if self.criterion.needs() else (place.workers.size, 1)
+        count, length = self.windows.ids_NT.shape if recipe.reads_text else (place.workers.size, 1)
         if count < place.workers.size:
             raise RecipeError(
                 f"{place.workers.size} workers cannot share {count} calibration windows; start at most {count}, or give more "
                 "--windows"
             )
-        dense = recipe.propagate == "dense" or not self._on_the_way(self.criterion.needs())[0]
+        dense = recipe.propagate == "dense" or not self._on_the_way(recipe.needs())[0]
         kept = 4 * self._maskable() if dense and recipe.masks_weights and self._keeps_scores else 0
         of_this = (max(1, len(place.workers.share(count))), length)
         micro_batch = place.micro_batch or recipe.micro_batch
@@ -134,16 +141,18 @@ class Planner:
 
     def plan(self) -> Plan:
         """Gather, score and choose."""
-        needs = self.criterion.needs()
+        needs = self.recipe.needs()
         plan = Plan(
             model=model_identity(self.checkpoint),
             recipe=self.recipe,
-            calibration=calibration_identity(self.windows) if needs else None,
+            calibration=calibration_identity(self.windows) if self.recipe.reads_text else None,
         )
         workers = self.workplace.workers
         plan.keep_in(self.workplace.scratch / (DECISIONS if workers.leads else f"{DECISIONS}-{workers.rank}"))
         on_the_way, beforehand = self._on_the_way(needs)
-        if self.recipe.propagate == "pruned" and on_the_way:
+        if self.recipe.is_global and self.removal.updates:
+            self._fit_to_scores(plan, self._dense_scores(self.criterion.needs()))
+        elif self.recipe.propagate == "pruned" and on_the_way:
             self._choose_on_the_way(plan, on_the_way, beforehand)
         elif not self._keeps_scores:
             self._choose_in_dense(plan, needs)
@@ -158,6 +167,8 @@ class Planner:
 
     def _check_amounts(self) -> None:
         """Say loudly what rounds to nothing, and find widths that N:M does not divide, before any work."""
+        if self.recipe.parsed_policy() is not None:
+            return  # what each block gives is measured first
         kinds = self.recipe.cut_kinds if self.recipe.allocation != "global" else ()
         empty = [kind for kind in kinds if self._warn_if_nothing(kind)]
         if empty and len(empty) == len(kinds) and not self.recipe.masks_weights:
@@ -214,9 +225,14 @@ class Planner:
         """Whether scores go to disk: those of units are tiny, those of weights four bytes each.
 
         A choice over the whole model needs them. Otherwise they only save the next run a sweep, and many gigabytes are
-        not worth that: masks are then decided on the way, and no score outlives its block.
+        not worth that: masks are then decided on the way, and no score outlives its block. A removal that reads statistics
+        decides there in any case.
         """
-        return self.recipe.is_global or not self.recipe.masks_weights or 4 * self._maskable() <= KEPT_SCORES
+        if self.recipe.is_global:
+            return True
+        if self.removal.needs():
+            return False
+        return not self.recipe.masks_weights or 4 * self._maskable() <= KEPT_SCORES
 
     def _maskable(self) -> int:
         """How many single weights have a score."""
@@ -257,28 +273,63 @@ class Planner:
             for index in self.blocks:
                 yield from weight_scores(store.get(index)).values()
 
-        weights = WeightChooser(self.recipe, chunks)
+        remover = self._remover(WeightChooser(self.recipe, chunks), removals)
         if removals.get(OUTSIDE):
             plan.add(OUTSIDE, BlockDecision(removals[OUTSIDE]))
         dropped = {unit for group, units in removals.get(OUTSIDE, []) if group.kind == "block" for unit in units}
         for index in track(self.blocks, "Choosing what leaves"):
             if index not in dropped:
                 scores = weight_scores(store.get(index)).items() if self.recipe.masks_weights else ()
-                plan.add(index, self._masked(weights, index, removals.get(index, []), scores))
+                plan.add(index, remover.by_scores(index, removals.get(index, []), scores))
+
+    def _remover(self, weights: WeightChooser, removals: Mapping[int, Removals] | None = None) -> Remover:
+        """What decides over matrices; ``removals`` says what is cut, where that is known already."""
+        return Remover(self.checkpoint, self.recipe, weights, self._mask_amounts(removals))
+
+    def _mask_amounts(self, removals: Mapping[int, Removals] | None) -> MaskAmounts:
+        policy = self.recipe.parsed_policy()
+        if policy is None or not self.recipe.masks_weights:
+            return MaskAmounts(self.recipe)
+        skeleton, cut = self.checkpoint.skeleton, self.chooser.foreseen() if removals is None else removals
+        shapes: dict[int, dict[str, tuple[int, int]]] = {}
+        for index in self.blocks:
+            after = cut_shapes(skeleton.block_shapes(index), cut.get(index, []))
+            shapes[index] = {name: matrix.shape(after) for name, matrix in skeleton.prunable(index).items()}
+        sizes = [{name: math.prod(shape) for name, shape in own.items()} for own in shapes.values()]
+        ratios = policy.shares(self._figures, sizes, self.recipe.mask_ratio)
+        self.chooser.note_ratios("weight", ratios)
+        return MaskAmounts(self.recipe, dict(zip(shapes, ratios, strict=True)), shapes)
+
+    @cached_property
+    def _figures(self) -> list[dict[str, float]]:
+        """What the allocation's policy measures of each block of ``blocks``."""
+        policy, workers = self.recipe.parsed_policy(), self.workplace.workers
+        assert policy is not None
+        ids_NT = self.windows.ids_NT if self.recipe.reads_text else None
+        ratio = self.recipe.mask_ratio if self.recipe.masks_weights else self.recipe.cut_ratio
+        found = (
+            allocation_figures(
+                policy, self.checkpoint, ids_NT, self._settings(alone=True), self.blocks, ratio, self.workplace.cache
+            )
+            if workers.leads
+            else None
+        )
+        return workers.first(found)
 
     # -- choosing on the way: under dense propagation in any order, under pruned block by block
 
     def _choose_in_dense(self, plan: Plan, needs: frozenset[type[Statistic]]) -> None:
-        """Every block's choice while its statistics are there; nothing of it but the masks outlives the visit."""
+        """Every block's choice while its statistics are there; nothing of it but the decision outlives the visit."""
         missing = self._undecided(plan)
         if missing:
-            weights = WeightChooser(self.recipe, list)
+            remover = self._remover(WeightChooser(self.recipe, list))
 
             def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
-                self._decide(plan, weights, index, block, statistics)
+                self._decide(plan, remover, index, block, statistics)
                 self._note_finished(missing, index)
 
             self._visit_dense(needs, missing, visit)
+            self._note_removal(remover)
 
     def _choose_on_the_way(
         self, plan: Plan, on_the_way: frozenset[type[Statistic]], beforehand: frozenset[type[Statistic]]
@@ -288,62 +339,108 @@ class Planner:
         if not missing:
             return
         gradients = self._gradients(beforehand) if beforehand else None
-        weights = WeightChooser(self.recipe, list)
+        remover = self._remover(WeightChooser(self.recipe, list))
 
-        def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor]:
+        def decide(index: int, block: nn.Module, statistics: BlockStatistics) -> BlockDecision:
             if gradients is not None:
                 add_states(statistics, whole(gradients.get(index)), beforehand)
-            decision = self._decide(plan, weights, index, block, statistics)
+            return self._decide(plan, remover, index, block, statistics)
+
+        self._walk_pruned(on_the_way, missing, decide)
+        self._note_removal(remover)
+
+    def _fit_to_scores(self, plan: Plan, store: BlockStore) -> None:
+        """What leaves is chosen over the whole model by kept scores; then, in a walk of its own, weights are fitted to it."""
+        missing = self._undecided(plan)
+        if not missing:
+            return
+        removals = self.chooser.choose(store.get)
+
+        def chunks() -> Iterator[torch.Tensor]:
+            for index in self.blocks:
+                yield from weight_scores(store.get(index)).values()
+
+        remover = self._remover(WeightChooser(self.recipe, chunks), removals)
+
+        def decide(index: int, block: nn.Module, statistics: BlockStatistics) -> BlockDecision:
+            kept = weight_scores(store.get(index)) if self.recipe.masks_weights else None
+            return self._decide(plan, remover, index, block, statistics, removals.get(index, []), kept)
+
+        if self.recipe.propagate == "pruned":
+            self._walk_pruned(self.removal.needs(), missing, decide)
+        else:
+
+            def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
+                decide(index, block, statistics)
+                self._note_finished(missing, index)
+
+            self._visit_dense(self.removal.needs(), missing, visit)
+        self._note_removal(remover)
+
+    def _walk_pruned(self, needs: frozenset[type[Statistic]], missing: list[int], decide: Decide) -> None:
+        def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor]:
+            decision = decide(index, block, statistics)
             self._note_finished(missing, index)
             own = self.checkpoint.dtype != self.workplace.placement.dtype  # else they are mapped from the file
             return decision.in_dense_shapes(block.state_dict(), in_place=own)
 
-        self._sweep().pruned(on_the_way, self.blocks, visit, done=min(missing))
+        self._sweep().pruned(needs, self.blocks, visit, done=min(missing))
 
     def _decide(
-        self, plan: Plan, weights: WeightChooser, index: int, block: nn.Module, statistics: BlockStatistics
+        self,
+        plan: Plan,
+        remover: Remover,
+        index: int,
+        block: nn.Module,
+        statistics: BlockStatistics,
+        removals: Removals | None = None,
+        kept_scores: Mapping[str, torch.Tensor] | None = None,
     ) -> BlockDecision:
-        """Choose in one block by its own scores, and put it into the plan."""
+        """Choose in one block, by its own scores unless ``removals`` says what is cut, and put it into the plan."""
         scorer = self._scorer(index, block, statistics)
-        units = scorer.of_units(self.chooser.groups(index)) if self.recipe.cut_kinds else {}
-        own = (name for place, name in enumerate(scorer.matrices) if self.workplace.workers.mine(place))
-        scores = _letting_go(scorer.of_weights(own), statistics) if self.recipe.masks_weights else ()
-        decision = self._masked(weights, index, self.chooser.choose_in(index, units), scores)
-        self._share_masks(decision, index, list(scorer.matrices))
+        if removals is None:
+            units = scorer.of_units(self.chooser.groups(index)) if self.recipe.cut_kinds else {}
+            removals = self.chooser.choose_in(index, units)
+        touched = list(scorer.matrices) if self.recipe.masks_weights or self.removal.updates else []
+        own = [name for place, name in enumerate(touched) if self.workplace.workers.mine(place)]
+        decision = remover.in_block(index, removals, scorer, own, kept_scores)
+        self._share(decision, index, touched)
         plan.add(index, decision)
         return decision
 
-    def _share_masks(self, decision: BlockDecision, index: int, names: list[str]) -> None:
-        """Each worker has chosen in some of the matrices; all get all masks."""
+    def _note_removal(self, remover: Remover) -> None:
+        if remover.notes:
+            self.chooser.notes["removal"] = remover.notes
+
+    def _share(self, decision: BlockDecision, index: int, names: list[str]) -> None:
+        """Each worker has decided over some of the matrices; all get all masks and new numbers."""
         workers = self.workplace.workers
-        if workers.size == 1 or not self.recipe.masks_weights:
+        if workers.size == 1 or not names:
             return
         tensors = self.checkpoint.skeleton.blocks[index].state_dict()
-        own, whole_masks = dict(decision.masks), {}
+        masks, numbers = dict(decision.masks), dict(decision.numbers)
         for place, name in enumerate(names):
             rows, columns = decision.survivors(name, tensors)
-            if len(rows):
+            if not len(rows):
+                continue
+            device = tensors[decision.matrices[name].parameter].device
+            owner = place % workers.size
+            if self.recipe.masks_weights:
                 bits = torch.zeros(len(rows), len(columns), dtype=torch.uint8)
-                if name in own:
-                    bits.copy_(own[name])
-                workers.hand_round(bits, place % workers.size)
-                whole_masks[name] = bits.bool().to(tensors[decision.matrices[name].parameter].device)
-        decision.masks.clear()
-        decision.masks.update(whole_masks)
-
-    def _masked(
-        self,
-        weights: WeightChooser,
-        index: int,
-        removals: Removals,
-        scores: Iterable[tuple[str, torch.Tensor]],
-    ) -> BlockDecision:
-        """The decision for one block: ``removals``, and masks over what they leave."""
-        skeleton = self.checkpoint.skeleton
-        decision = BlockDecision(removals, matrices=skeleton.prunable(index) if self.recipe.masks_weights else {})
-        tensors = skeleton.blocks[index].state_dict()
-        weights.mask(decision, scores, tensors, skeleton.block_prefix(index))
-        return decision
+                if name in masks:
+                    bits.copy_(masks[name])
+                workers.hand_round(bits, owner)
+                masks[name] = bits.bool().to(device)
+            if any(workers.all(name in numbers)):
+                found = numbers.get(name)
+                shared = torch.zeros(len(rows), len(columns)) if found is None else found.float().cpu()
+                workers.hand_round(shared, owner)  # float32 holds every stored number exactly
+                stored = self.checkpoint.tensors[
+                    self.checkpoint.skeleton.block_prefix(index) + decision.matrices[name].parameter
+                ].dtype
+                numbers[name] = shared.to(stored).to(device)
+        decision.masks.update((name, masks[name]) for name in names if name in masks)
+        decision.numbers.update((name, numbers[name]) for name in names if name in numbers)
 
     def _gradients(self, kinds: frozenset[type[Statistic]]) -> BlockStore:
         """Gradient statistics of the dense model on disk, in 16 bits; those of an earlier run are used again."""
@@ -386,15 +483,20 @@ class Planner:
         return range(min(missing), max(missing) + 1)
 
     def _sweep(self) -> Sweep:
+        return Sweep(self.checkpoint, self.windows.ids_NT, self._settings())
+
+    def _settings(self, alone: bool = False) -> SweepSettings:
+        """How to walk; ``alone``: without the other workers."""
         place, recipe = self.workplace, self.recipe
+        workers = ALONE if alone else place.workers
         settings = SweepSettings(
-            place.micro_batch or recipe.micro_batch, place.memory, place.scratch, place.placement, place.workers
+            place.micro_batch or recipe.micro_batch, place.memory, place.scratch, place.placement, workers
         )
         if recipe.gradient is not None:
             settings = replace(settings, gradient=recipe.gradient)
         if recipe.queries is not None and recipe.perturbation is not None:
             settings = replace(settings, queries=Queries(recipe.queries, recipe.perturbation, recipe.seed))
-        return Sweep(self.checkpoint, self.windows.ids_NT, settings)
+        return settings
 
     def _store(self, kind: str, needs: frozenset[type[Statistic]]) -> BlockStore:
         """Where scores or gradients of exactly these inputs are kept. Without statistics scores are cheap: not kept."""
@@ -425,15 +527,6 @@ class Planner:
             return key
         drawn = {"queries": recipe.queries, "perturbation": recipe.perturbation, "noise": recipe.seed}
         return key | drawn | {"perturbed": [self.blocks.start, self.blocks.stop]}
-
-
-def _letting_go(
-    scores: Iterable[tuple[str, torch.Tensor]], statistics: BlockStatistics
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """``scores`` one by one; a matrix's statistics go as soon as its score is there."""
-    for name, score in scores:
-        statistics.pop(name, None)
-        yield name, score
 
 
 def removes_nothing(recipe: Recipe) -> RecipeError:

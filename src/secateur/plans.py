@@ -16,13 +16,22 @@ import secateur
 from secateur.checkpoint.tensorfile import TensorFile, TensorSpec
 from secateur.errors import PlanError
 from secateur.files import atomic_file, sha256_of_file
-from secateur.planstore import InFile, InFolder, InMemory, MaskStore, as_text
+from secateur.planstore import (
+    InFile,
+    InFolder,
+    InMemory,
+    MaskStore,
+    Numbers,
+    NumbersInFolder,
+    NumbersInMemory,
+    as_text,
+)
 from secateur.recipe import Recipe
 from secateur.removal.decision import BlockDecision, Removals, model_cut
 from secateur.removal.masks import pack, unpack, zeros_of
 from secateur.structure import OUTSIDE, ModelCut, Structure, UnitGroup
 
-PLAN_FILE, MASKS_FILE = "plan.json", "masks.safetensors"
+PLAN_FILE, MASKS_FILE, NUMBERS = "plan.json", "masks.safetensors", "weights"
 
 
 class _Strict(BaseModel):
@@ -71,11 +80,18 @@ class Masked(_Strict):
 
 
 class BlockPlan(_Strict):
-    """What leaves one block; under the number ``OUTSIDE`` (-1) what leaves outside of them, whole blocks among it."""
+    """What leaves one block; under the number ``OUTSIDE`` (-1) what leaves outside of them, whole blocks among it.
+
+    Attributes:
+        updated: matrices whose weights that stay get new numbers.
+        numbers_sha256: of the file that holds these.
+    """
 
     block: int = Field(ge=OUTSIDE)
     cuts: list[Cut] = []
     masks: dict[str, Masked] = {}
+    updated: list[str] = []
+    numbers_sha256: str | None = None
 
 
 class Plan(_Strict):
@@ -95,6 +111,7 @@ class Plan(_Strict):
     masks_sha256: str | None = None
     notes: dict[str, Any] = {}
     _store: MaskStore = PrivateAttr(default_factory=InMemory)
+    _numbers: Numbers = PrivateAttr(default_factory=NumbersInMemory)
 
     def keep_in(self, folder: Path) -> Plan:
         """Keep decisions in ``folder`` from now on, a file a block, instead of in memory; returns the plan itself.
@@ -106,12 +123,23 @@ class Plan(_Strict):
         found = [_entry_of(text) for text in store.entries()]
         for entry in self.blocks:
             store.put(entry.block, as_text(entry.model_dump(mode="json")), self._store.get(entry.block))
-        self._store = store
+        numbers = NumbersInFolder(folder / NUMBERS)
+        for entry in self.blocks:
+            if entry.numbers_sha256 is not None:
+                numbers.put(entry.block, self._numbers.get(entry.block, entry.numbers_sha256))
+        self._store, self._numbers = store, numbers
         decided = self.decided()
         for one in found:
-            if one is not None and one.block not in decided:
+            if one is not None and one.block not in decided and self._has_numbers(one):
                 self._enter(one)
         return self
+
+    def _has_numbers(self, entry: BlockPlan) -> bool:
+        """Whether the new numbers that ``entry`` speaks of are there, whole."""
+        try:
+            return entry.numbers_sha256 is None or bool(self._numbers.get(entry.block, entry.numbers_sha256))
+        except PlanError:
+            return False
 
     def outlasting(self, file: Path | None) -> Plan:
         """This plan without the folder it was kept in: its masks in the ``file`` it was saved to, or in memory."""
@@ -120,7 +148,11 @@ class Plan(_Strict):
         store = InMemory()
         for entry in self.blocks:
             store.put(entry.block, "", self._store.get(entry.block) if entry.masks else {})
-        self._store = store
+        numbers = NumbersInMemory()
+        for entry in self.blocks:
+            if entry.numbers_sha256 is not None:
+                numbers.put(entry.block, self._numbers.get(entry.block, entry.numbers_sha256))
+        self._store, self._numbers = store, numbers
         return self
 
     def decided(self) -> set[int]:
@@ -138,7 +170,10 @@ class Plan(_Strict):
             rows, columns = mask_OI.shape
             masks[name] = Masked(shape=(rows, columns), zeros=zeros_of(mask_OI))
             bits[name] = pack(mask_OI)
-        entry = BlockPlan(block=block, cuts=cuts, masks=masks)
+        numbers = self._numbers.put(block, decision.numbers) if decision.numbers else None
+        entry = BlockPlan(
+            block=block, cuts=cuts, masks=masks, updated=sorted(decision.numbers), numbers_sha256=numbers
+        )
         self._store.put(block, as_text(entry.model_dump(mode="json")), bits)
         self._enter(entry)
 
@@ -193,6 +228,20 @@ class Plan(_Strict):
         bits = self._store.get(block)
         return {name: unpack(_bits_of(bits, name, masked, block), masked.shape) for name, masked in entry.masks.items()}
 
+    def numbers(self, block: int) -> dict[str, torch.Tensor]:
+        """The new numbers of ``block`` by the matrix's name, brought in anew each time.
+
+        Raises:
+            PlanError: they are not where the plan is, or damaged.
+        """
+        entry = next((entry for entry in self.blocks if entry.block == block), None)
+        if entry is None or entry.numbers_sha256 is None:
+            return {}
+        found = self._numbers.get(block, entry.numbers_sha256)
+        if sorted(found) != sorted(entry.updated):
+            raise PlanError(f"the new weights of block {block} are not those the plan names; make the plan again")
+        return found
+
     def removed_by_kind(self) -> dict[str, tuple[int, int]]:
         """For each kind of structured unit: how many leave, of how many in the blocks that may be pruned."""
         totals: dict[str, tuple[int, int]] = {}
@@ -212,13 +261,19 @@ class Plan(_Strict):
     def removes_anything(self) -> bool:
         return any(gone for gone, _ in self.removed_by_kind().values()) or self.zeros()[0] > 0
 
-    def save(self, path: Path) -> list[Path]:
-        """Write the plan to ``path`` (a ``.json`` file) with its masks, if any, beside it.
+    def save(self, path: Path, with_numbers: bool = True) -> list[Path]:
+        """Write the plan to ``path`` (a ``.json`` file) with its masks and new numbers, if any, beside it.
+
+        Args:
+            with_numbers: False where they are in the result that the plan lies in.
 
         Returns:
             the files written.
         """
         files = [path]
+        updated = [entry.block for entry in self.blocks if entry.numbers_sha256 is not None]
+        if updated and with_numbers:
+            self._numbers.save(numbers_beside(path), updated)
         if any(entry.masks for entry in self.blocks):
             files.append(masks_beside(path))
             with atomic_file(files[1]) as temporary:
@@ -282,6 +337,11 @@ def masks_beside(plan_file: Path) -> Path:
     return plan_file.with_name(name)
 
 
+def numbers_beside(plan_file: Path) -> Path:
+    """The folder of a plan's new numbers: ``weights`` beside ``plan.json``, ``x.weights`` beside ``x.json``."""
+    return plan_file.with_name(NUMBERS if plan_file.name == PLAN_FILE else f"{plan_file.stem}.{NUMBERS}")
+
+
 def load_plan(path: Path) -> Plan:
     """Read a plan from its file, from a folder that holds one, or from a finished output.
 
@@ -303,6 +363,7 @@ def load_plan(path: Path) -> Plan:
     _check_entries(plan, file)
     if any(entry.masks for entry in plan.blocks):
         plan._store = _masks_file(plan, masks_beside(file))
+    plan._numbers = NumbersInFolder(numbers_beside(file))
     return plan
 
 

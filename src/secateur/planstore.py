@@ -1,4 +1,4 @@
-"""Where a plan's masks lie: in memory, one file a block in a folder, or in the file that was saved with the plan.
+"""Where a plan's masks and new numbers lie: in memory, one file a block in a folder, or what was saved with the plan.
 
 Masks are kept as bits, and only those of the block that is asked for are brought in: of a model of seven billion weights
 all of them are 0.8 GB. The folder is at the same time the checkpoint of a run's decisions.
@@ -6,17 +6,20 @@ all of them are 0.8 GB. The folder is at the same time the checkpoint of a run's
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 
 from secateur.errors import PlanError
-from secateur.files import atomic_file
+from secateur.files import atomic_file, sha256_of_file
 from secateur.structure import OUTSIDE
 
 ENTRY, BELONGS_TO = "entry", "belongs_to"
@@ -103,6 +106,81 @@ class InFile:
                 return {name: _size(stream.get_slice(name)) for name in stream.keys()}  # noqa: SIM118 - not a mapping
         except (SafetensorError, OSError) as error:
             raise PlanError(f"{self.file} is damaged: {error}") from error
+
+
+class Numbers(Protocol):
+    """New numbers of weights, by block."""
+
+    def put(self, block: int, tensors: Mapping[str, torch.Tensor]) -> str:
+        """Keep those of one block; returns their digest."""
+
+    def get(self, block: int, digest: str) -> dict[str, torch.Tensor]:
+        """Those of one block.
+
+        Raises:
+            PlanError: they are not there, or not those that were put.
+        """
+
+    def save(self, folder: Path, blocks: Iterable[int]) -> None:
+        """Have those of ``blocks`` in ``folder`` too."""
+
+
+class NumbersInMemory:
+    """Numbers of a plan that lives as long as the process."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[int, dict[str, torch.Tensor]] = {}
+
+    def put(self, block: int, tensors: Mapping[str, torch.Tensor]) -> str:
+        self._tensors[block] = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        return hashlib.sha256(save(self._tensors[block])).hexdigest()
+
+    def get(self, block: int, digest: str) -> dict[str, torch.Tensor]:
+        return self._tensors[block]
+
+    def save(self, folder: Path, blocks: Iterable[int]) -> None:
+        target = NumbersInFolder(folder)
+        for block in blocks:
+            target.put(block, self._tensors[block])
+
+
+class NumbersInFolder:
+    """One safetensors file a block, there as a whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(self, block: int, tensors: Mapping[str, torch.Tensor]) -> str:
+        with atomic_file(self._file(block), durable=True) as temporary:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        return sha256_of_file(self._file(block))
+
+    def get(self, block: int, digest: str) -> dict[str, torch.Tensor]:
+        file = self._file(block)
+        if not file.is_file():
+            raise PlanError(
+                f"the new weights of block {block} are not at {file}; a plan inside a finished result has none beside it (they "
+                "are in the result), so make one with: secateur plan"
+            )
+        if sha256_of_file(file) != digest:
+            raise PlanError(f"{file} is not the file that the plan was saved with; it is damaged or another plan's")
+        return _read(file)
+
+    def save(self, folder: Path, blocks: Iterable[int]) -> None:
+        """They are linked where the disk is the same: a model's worth of numbers is not written twice."""
+        if folder == self.folder:
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for block in blocks:
+            source, target = self._file(block), NumbersInFolder(folder)._file(block)
+            try:
+                os.link(source, target)
+            except OSError:
+                shutil.copyfile(source, target)
+
+    def _file(self, block: int) -> Path:
+        return self.folder / f"block-{block:04d}.safetensors"
 
 
 def _size(view: object) -> int:

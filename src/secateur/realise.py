@@ -23,6 +23,7 @@ from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
 from secateur.errors import PlanError, StructureError
 from secateur.files import human_bytes, require_space
+from secateur.finite import all_finite
 from secateur.plans import Plan
 from secateur.proof import Verdict, prove_cut, proved_shape
 from secateur.removal.decision import BlockDecision, within
@@ -95,11 +96,31 @@ class Realisation:
                         f"the plan's mask of '{name}' in block {entry.block} does not have the weight's shape"
                     )
 
+    def check_numbers(self) -> None:
+        """Refuse, before anything is written, a plan whose new weights are missing, damaged or of other shapes.
+
+        Raises:
+            PlanError: it names the block.
+        """
+        for entry in self.plan.blocks:
+            numbers = self.plan.numbers(entry.block)
+            if not numbers:
+                continue
+            shapes = cut_shapes(self.checkpoint.skeleton.block_shapes(entry.block), self.cut.blocks[entry.block])
+            matrices = self.checkpoint.skeleton.prunable(entry.block)
+            for name, numbers_OI in numbers.items():
+                if name not in matrices or matrices[name].shape(shapes) != tuple(numbers_OI.shape):
+                    raise PlanError(
+                        f"the plan's new weights of '{name}' in block {entry.block} do not have the weight's shape"
+                    )
+                if not all_finite(numbers_OI):
+                    raise PlanError(f"the plan's new weights of '{name}' in block {entry.block} are not finite")
+
     def decision(self, index: int) -> BlockDecision:
         """What leaves block ``index``; its masks are unpacked anew each time, so that only one block's are in memory."""
-        masks = self.plan.masks(index)
-        matrices = self.checkpoint.skeleton.prunable(index) if masks else {}
-        return BlockDecision(self.cut.blocks[index], masks, matrices)
+        masks, numbers = self.plan.masks(index), self.plan.numbers(index)
+        matrices = self.checkpoint.skeleton.prunable(index) if masks or numbers else {}
+        return BlockDecision(self.cut.blocks[index], masks, matrices, numbers)
 
     @cached_property
     def proof(self) -> Verdict | None:

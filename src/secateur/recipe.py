@@ -9,10 +9,14 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from secateur.allocation.policies import POLICIES, Policy
 from secateur.criteria import Criterion, criterion_from
+from secateur.criteria.base import Within
 from secateur.errors import RecipeError, suggest
+from secateur.options import parse_named
 from secateur.quantities import NofM, Target, is_n_of_m, parse_bytes, parse_target
-from secateur.statistics import GradientSource, gradient_kinds
+from secateur.removal.methods import Removal, removal_from
+from secateur.statistics import GradientSource, Statistic, gradient_kinds
 from secateur.yamlfile import read_yaml
 
 CUT_KINDS = ("block", "hidden", "head", "query", "expert", "channel")
@@ -33,6 +37,8 @@ DEFAULT_QUERIES = 16
 DEFAULT_PERTURBATION = 1e-3
 """MeZO's (methods §4.3); what MINI-LLM took is not known."""
 
+PLAIN_ALLOCATIONS = ("uniform", "two-tier", "global")
+
 Reduce = Literal["sum", "mean", "max", "prod", "first", "last"]
 
 
@@ -48,9 +54,12 @@ class Recipe(BaseModel):
         target: instead of a ratio, what remains of the whole model (``params=110M``, ``bytes=200MiB``) or how it changes
             (``params=-20%``, ``macs=-20%``).
         round_to: channels and hidden channels kept are rounded up to a multiple of this; the few heads are not.
-        within: where single weights compete: a ``row``, a ``layer`` (one matrix), or the whole model (``global``).
-        allocation: ``uniform`` over blocks, ``two-tier`` (both ends kept whole, uniform between), or ``global`` over the
-            model, scores taken per parameter.
+        within: where single weights compete: a ``row``, a ``block`` of 128 inputs over all rows, a ``layer`` (one matrix),
+            or the whole model (``global``); by default as the criterion was published.
+        removal: how what was chosen leaves: ``mask`` (zeroed), or ``name:option=value,...`` of one that refines the mask or
+            gives the weights that stay new numbers; by default as the criterion was published.
+        allocation: ``uniform`` over blocks, ``two-tier`` (both ends kept whole, uniform between), ``global`` over the
+            model, scores taken per parameter, or ``name:option=value,...`` of a policy that gives each block its own ratio.
         protect: two-tier: ``FIRST:LAST``, how many blocks at each end are kept whole; by default the published 4 and 2 of
             32, scaled, at least one each.
         rank: global: whether kinds of units are ranked ``together``, or ``apart``, each kind giving its own ratio.
@@ -82,8 +91,9 @@ class Recipe(BaseModel):
     ratio: float | None = Field(default=None, ge=0, lt=1)
     target: str | None = None
     round_to: int = Field(default=1, ge=1, le=65536)
-    within: Literal["row", "layer", "global"] = "row"
-    allocation: Literal["uniform", "two-tier", "global"] = "uniform"
+    within: Within | None = None
+    removal: str | None = None
+    allocation: str = "uniform"
     protect: str | None = None
     rank: Literal["together", "apart"] = "together"
     steps: int = Field(default=1, ge=1, le=1000)
@@ -123,17 +133,44 @@ class Recipe(BaseModel):
         if self.blocks is not None and not re.fullmatch(r"[0-9]*:[0-9]*", self.blocks):
             raise RecipeError(f"--blocks is FIRST:LAST such as 4:30, not '{self.blocks}'")
         self._check_units()
-        self._check_masks()
+        self._settle_masks(criterion)
         self._check_amounts()
         self._check_allocation()
         self._settle_gradient(criterion)
+        removal = self._settle_removal(criterion)
         if self.propagate is None:
-            object.__setattr__(self, "propagate", "dense" if self.is_global else criterion.propagation)
-        if self.is_global and self.propagate == "pruned":
+            published = "pruned" if removal.needs() else "dense" if self.is_global else criterion.propagation
+            object.__setattr__(self, "propagate", published)
+        if self.is_global and self.propagate == "pruned" and not removal.updates:
             raise RecipeError(
                 "a choice over the whole model needs every block's score before anything leaves; use --propagate dense with it"
             )
         return self
+
+    def _settle_removal(self, criterion: Criterion) -> Removal:
+        """Write out how what was chosen leaves, and refuse what it cannot do."""
+        given = self.removal is not None
+        removal = removal_from(self.removal or criterion.removal)
+        if not given and not self.masks_weights:
+            removal = removal_from("mask")
+        object.__setattr__(self, "removal", str(removal))
+        if removal.name == "mask":
+            return removal
+        if not removal.updates and not self.masks_weights:
+            raise RecipeError(f"--removal {removal.name} refines masks, and {','.join(self.unit)} are cut; leave it out")
+        spanning = [kind for kind in self.cut_kinds if kind in SPANNING]
+        if removal.updates and spanning:
+            raise RecipeError(
+                f"--removal {removal.name} gives new weights inside blocks, and {' and '.join(spanning)} units leave the model "
+                "as a whole; take them out in a run of their own"
+            )
+        if self.steps > 1:
+            raise RecipeError(f"--removal {removal.name} works on the dense model's blocks once; leave --steps out")
+        if self.is_global and not removal.updates:
+            raise RecipeError(
+                f"--removal {removal.name} works block by block, and this choice is over the whole model; leave one out"
+            )
+        return removal
 
     def _settle_gradient(self, criterion: Criterion) -> None:
         if gradient_kinds(criterion.needs()):
@@ -159,14 +196,16 @@ class Recipe(BaseModel):
         if len(patterns) > 1:
             raise RecipeError(f"{' and '.join(patterns)} cannot go together: one mask pattern at a time")
 
-    def _check_masks(self) -> None:
+    def _settle_masks(self, criterion: Criterion) -> None:
         pattern = self.n_of_m
         if pattern and self.ratio is not None and abs(self.ratio - pattern.ratio) > 1e-9 and not self.cut_kinds:
             raise RecipeError(
                 f"{pattern} removes {pattern.ratio:g} of the weights by itself; leave --ratio {self.ratio:g} out"
             )
-        if self.within != "row" and pattern:
+        if self.within not in (None, "row") and pattern:
             raise RecipeError(f"N:M is chosen within every group of M; leave --within {self.within} out")
+        if self.within is None:
+            object.__setattr__(self, "within", "row" if pattern or not self.masks_weights else criterion.within)
         if self.within == "global" and self.cut_kinds and self.masks_weights:
             raise RecipeError(
                 "--within global chooses over the whole model before anything is cut; cut and mask in two runs"
@@ -185,7 +224,20 @@ class Recipe(BaseModel):
             raise RecipeError("--steps is for units that are cut; masks are chosen in one step, so leave it out")
 
     def _check_allocation(self) -> None:
+        policy = self.parsed_policy()
+        if policy is not None:
+            object.__setattr__(self, "allocation", str(policy))
         spread = self.allocation
+        if policy is not None and any(kind in SPANNING for kind in self.cut_kinds):
+            raise RecipeError(f"block and hidden units leave the model as a whole; leave --allocation {policy.name} out")
+        if policy is not None and self.within == "global":
+            raise RecipeError(f"--within global says itself how much each block gives; leave --allocation {policy.name} out")
+        if policy is not None and self.steps > 1:
+            raise RecipeError(f"--allocation {policy.name} looks at the dense model once; leave --steps out")
+        if policy is not None and self.masks_weights and "expert" in self.cut_kinds:
+            raise RecipeError(
+                f"--allocation {policy.name} counts the experts' weights before they are cut; cut and mask in two runs"
+            )
         if self.steps > 1 and spread == "global" and "block" in self.cut_kinds and len(self.cut_kinds) > 1:
             raise RecipeError("blocks and other units have no global choice in several --steps; leave --steps out")
         if "query" in self.cut_kinds and spread == "global":
@@ -257,6 +309,26 @@ class Recipe(BaseModel):
     def parsed_target(self) -> Target | None:
         """The target, where one was given."""
         return None if self.target is None else parse_target(self.target)
+
+    def needs(self) -> frozenset[type[Statistic]]:
+        """The statistics that scoring and removing read."""
+        return self.parsed_criterion().needs() | self.parsed_removal().needs()
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything is measured on calibration windows."""
+        policy = self.parsed_policy()
+        return bool(self.needs()) or (policy is not None and (policy.measured or bool(policy.needs())))
+
+    def parsed_policy(self) -> Policy | None:
+        """The policy that gives each block its own ratio; None where the allocation is not one."""
+        if self.allocation in PLAIN_ALLOCATIONS:
+            return None
+        return parse_named(self.allocation, POLICIES, also=PLAIN_ALLOCATIONS)
+
+    def parsed_removal(self) -> Removal:
+        """How what was chosen leaves."""
+        return removal_from(self.removal or "mask")
 
     def parsed_criterion(self) -> Criterion:
         """The criterion with its options."""

@@ -25,7 +25,7 @@ from secateur.files import cache_folder, full_disk_is_an_error, remove_temporari
 from secateur.hub import push_folder
 from secateur.memory import require_memory
 from secateur.planning import Workplace
-from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, plan_summary
+from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, numbers_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
 from secateur.recipe import Recipe
 from secateur.report.card import pruned_facts, write_card
@@ -108,7 +108,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
 def _identity(command: str, recipe: Recipe, checkpoint: Checkpoint, **more: Any) -> dict[str, Any]:
     """What the result depends on. ``memory`` decides what goes to disk and changes no bit; the device is a setting."""
     text = (
-        fingerprint(recipe.calibration) if recipe.parsed_criterion().needs() else None
+        fingerprint(recipe.calibration) if recipe.reads_text else None
     )  # refused before weights are read
     return {
         "command": command,
@@ -216,6 +216,7 @@ def apply(
         raise PlanError(f"the plan at {plan_path} removes nothing; make another")
     try:
         realisation = Realisation(checkpoint, plan)
+        realisation.check_numbers()
     except PlanError as error:
         raise PlanError(f"the plan at {plan_path} cannot be carried out: {error}") from error
     content = json.dumps(plan.model_dump(mode="json"), sort_keys=True)
@@ -278,7 +279,7 @@ def _carry_out(
         realisation.write_share(partial, work.scratch / WRITING, (workers.rank, workers.size))
         workers.wait()
         realisation.finish(partial, work.scratch / WRITING)
-    plan.save(partial / RECORD / PLAN_FILE)
+    plan.save(partial / RECORD / PLAN_FILE, with_numbers=False)
     (partial / RECORD / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     record |= _plan_record(plan, realisation)
     with stage("checking"):
@@ -355,7 +356,7 @@ def _plan_file(out: Path | None, overwrite: bool, goes_on: bool) -> Path | None:
     if file != out:
         check_free(out, overwrite)
         return file
-    for written in (file, masks_beside(file)):
+    for written in (file, masks_beside(file), numbers_beside(file)):
         if written.exists() and not overwrite:
             raise OutputError(f"{written} is there already; give another --out, or --overwrite")
     return file

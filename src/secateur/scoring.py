@@ -52,11 +52,19 @@ class BlockScorer:
     def of_weights(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """The scores ``(O, I)`` of single weights, matrix by matrix: all, or those of ``names``."""
         for name in self.matrices if names is None else names:
-            yield name, self._checked(name, self._criterion.weight_score_OI(self._matrix(name)))
+            yield name, self.weight_score(name)
+
+    def weight_score(self, name: str) -> torch.Tensor:
+        """The score ``(O, I)`` of one matrix's single weights."""
+        return self._checked(name, self._criterion.weight_score_OI(self.matrix(name)))
+
+    def forget(self, name: str) -> None:
+        """Let go of what was gathered on a matrix that nobody asks about any more."""
+        self._statistics.pop(name, None)
 
     def of_units(self, groups: Sequence[UnitGroup]) -> dict[str, torch.Tensor]:
         """The scores ``(U,)`` of each group's units, and of the block as a whole where blocks may leave."""
-        contributions = _Contributions(self.matrices, lambda name: self._criterion.score_OI(self._matrix(name)))
+        contributions = _Contributions(self.matrices, lambda name: self._criterion.score_OI(self.matrix(name)))
         scores = {
             unit_key(group): _of_group(group, contributions, self._criterion, self._recipe.reduce) for group in groups
         }
@@ -70,7 +78,8 @@ class BlockScorer:
         weights = self.of_weights() if self._recipe.masks_weights else ()
         return {WEIGHTS + name: score.cpu() for name, score in weights} | units
 
-    def _matrix(self, name: str) -> Matrix:
+    def matrix(self, name: str) -> Matrix:
+        """A matrix with what was gathered on it."""
         weight_OI = self.matrices[name].of(self._parameters).detach()
         gathered = {kind: found.to(weight_OI.device) for kind, found in self._statistics.get(name, {}).items()}
         return Matrix(self._prefix + name, weight_OI, gathered, self._recipe.seed)

@@ -52,6 +52,22 @@ def check_share(pools: Sequence[Pool], share: float | Fraction) -> None:
             )
 
 
+def check_total(pools: Sequence[Pool], share: float | Fraction) -> None:
+    """Refuse a share that the pools of a kind together cannot give.
+
+    Raises:
+        RecipeError: it names the largest ratio.
+    """
+    for kind in dict.fromkeys(pool.kind for pool in pools):
+        alike = [pool for pool in pools if pool.kind == kind]
+        there, most = sum(pool.size for pool in alike), sum(pool.most for pool in alike)
+        if int(there * share) > most:
+            raise RecipeError(
+                f"all blocks together can give {most} of {there} {kind} units, not {int(there * share)}; the largest --ratio is "
+                f"{int(1000 * most / there) / 1000:g}"
+            )
+
+
 def lowest_units(pool: Pool, score_U: torch.Tensor, count: int) -> list[int]:
     """The ``count`` lowest units of each family, ascending.
 

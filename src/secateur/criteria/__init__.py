@@ -1,14 +1,16 @@
 """What each weight is worth: one small file a criterion, listed here and nowhere else."""
 
-from secateur.criteria.base import Criterion, parse_criterion
+from secateur.criteria.base import Criterion
 from secateur.criteria.fms import FMS
 from secateur.criteria.gblm import GBLM
 from secateur.criteria.magnitude import Magnitude
 from secateur.criteria.random import Random
+from secateur.criteria.sparsegpt import SparseGPT
 from secateur.criteria.taylor import Taylor
 from secateur.criteria.wanda import Wanda
+from secateur.options import parse_named
 
-CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor, FMS)}
+CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor, FMS, SparseGPT)}
 
 
 def criterion_from(text: str) -> Criterion:
@@ -17,7 +19,7 @@ def criterion_from(text: str) -> Criterion:
     Raises:
         RecipeError: unknown name, option or value; the nearest known one is suggested.
     """
-    return parse_criterion(text, CRITERIA)
+    return parse_named(text, CRITERIA)
 
 
 __all__ = ["CRITERIA", "Criterion", "criterion_from"]

@@ -1,4 +1,4 @@
-"""The contract of a criterion, and how its options ride on its name."""
+"""The contract of a criterion."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
-
-from secateur.errors import RecipeError, suggest
+from secateur.options import Named, Options
 from secateur.statistics import GradientSource, Statistic
 
 Propagation = Literal["dense", "pruned"]
+Within = Literal["row", "block", "layer", "global"]
+"""Where single weights compete: a row; a run of consecutive inputs over all rows; a matrix; the model."""
 
 
 @dataclass(frozen=True)
@@ -30,29 +30,23 @@ class Matrix:
         return self.statistics[kind]
 
 
-class Options(BaseModel):
-    """Base of every criterion's options: unknown ones are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Criterion(ABC):
+class Criterion(Named, ABC):
     """A score for every weight; higher is worth more. Units sum up what their weights are worth.
 
     Attributes:
-        name: how users call it.
         propagation: the default of ``--propagate``, as the method was published.
         gradient: the default of ``--gradient``, as the method was published; means nothing where none are needed.
-        options_type: the options that ride on the name.
+        within: the default of ``--within``, as the method was published.
+        removal: the default of ``--removal``, as the method was published.
+        adaptive: its scores change while weights leave, so a removal that updates weights chooses by itself.
     """
 
-    name: ClassVar[str]
+    flag = "criterion"
     propagation: ClassVar[Propagation] = "dense"
     gradient: ClassVar[GradientSource] = "exact"
-    options_type: ClassVar[type[Options]] = Options
-
-    def __init__(self, options: Options | None = None) -> None:
-        self.options: Any = options if options is not None else self.options_type()
+    within: ClassVar[Within] = "row"
+    removal: ClassVar[str] = "mask"
+    adaptive: ClassVar[bool] = False
 
     def needs(self) -> frozenset[type[Statistic]]:
         """The statistics that ``score_OI`` reads; the sweep gathers exactly these."""
@@ -74,41 +68,5 @@ class Criterion(ABC):
         others = [other for other in range(contribution.dim()) if other != dim]
         return contribution.sum(dim=others, dtype=torch.float64)
 
-    def __str__(self) -> str:
-        chosen = ",".join(f"{key}={_text(value)}" for key, value in self.options.model_dump().items())
-        return f"{self.name}:{chosen}" if chosen else self.name
 
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else repr(value) if isinstance(value, float) else str(value)
-
-
-def parse_criterion(text: str, known: Mapping[str, type[Criterion]]) -> Criterion:
-    """Read ``"name:option=value,option=value"``.
-
-    Raises:
-        RecipeError: unknown name, option or value.
-    """
-    name, _, rest = text.strip().partition(":")
-    if name not in known:
-        raise RecipeError(f"there is no criterion '{name}'{suggest(name, known)}")
-    kind = known[name]
-    given: dict[str, str] = {}
-    for part in filter(None, (piece.strip() for piece in rest.split(","))):
-        key, equals, value = part.partition("=")
-        if not equals or not value:
-            raise RecipeError(f"'{part}' in --criterion {text} is not of the form option=value")
-        if key not in kind.options_type.model_fields:
-            fields = kind.options_type.model_fields
-            there = suggest(key, fields) if fields else " (it has none)"
-            raise RecipeError(f"the criterion {name} has no option '{key}'{there}")
-        if key in given:
-            raise RecipeError(f"--criterion {text} gives the option '{key}' twice")
-        given[key] = value
-    try:
-        return kind(kind.options_type(**given))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise RecipeError(
-            f"the option {name}:{'.'.join(map(str, first['loc']))} cannot be '{first['input']}': {first['msg'].lower()}"
-        ) from error
+__all__ = ["Criterion", "Matrix", "Options", "Propagation", "Within"]

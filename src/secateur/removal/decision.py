@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from secateur.checkpoint.matrices import BlockMatrices, BlockMatrix
+from secateur.checkpoint.matrices import BlockMatrices
 from secateur.structure import OUTSIDE, ModelCut, UnitGroup, cut_tensors, mask_tensors
 from secateur.structure.cutting import Removal
 
@@ -37,24 +37,32 @@ class BlockDecision:
     Attributes:
         removals: for each group of structured units, the units that leave.
         masks: by the matrix's name, what stays of it *after* the cut, ``(O', I')`` boolean.
-        matrices: how the block keeps the matrices that ``masks`` names.
+        matrices: how the block keeps the matrices that ``masks`` and ``numbers`` name.
+        numbers: by the matrix's name, the new numbers of what stays after the cut, ``(O', I')`` in the stored dtype.
     """
 
     removals: Sequence[Removal] = ()
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     matrices: BlockMatrices = field(default_factory=dict)
+    numbers: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def carry_out(self, tensors: Mapping[str, torch.Tensor], in_place: bool = False) -> dict[str, torch.Tensor]:
-        """The block's tensors as they will be written: cut, then masked; dtypes stay.
+        """The block's tensors as they will be written: cut, then given their new numbers, then masked; dtypes stay.
 
         ``in_place``: ``tensors`` are the caller's to lose, so that masking needs no second copy of them.
         """
         result = cut_tensors(tensors, self.removals)
-        for name, matrix in self._masked(result, tensors, in_place):
+        for name in dict.fromkeys([*self.numbers, *self.masks]):
+            matrix = self.matrices[name]
+            if not in_place and result[matrix.parameter] is tensors[matrix.parameter]:
+                result[matrix.parameter] = result[matrix.parameter].clone()
             if matrix.expert is not None:
                 experts = self._stays(matrix.parameter, 0, len(tensors[matrix.parameter]))
                 matrix = replace(matrix, expert=int(experts[: matrix.expert].sum()))
-            matrix.of(result).masked_fill_(~self.masks[name], 0)
+            if name in self.numbers:
+                matrix.of(result).copy_(self.numbers[name])
+            if name in self.masks:
+                matrix.of(result).masked_fill_(~self.masks[name], 0)
         return result
 
     def in_dense_shapes(self, tensors: Mapping[str, torch.Tensor], in_place: bool = False) -> dict[str, torch.Tensor]:
@@ -64,7 +72,8 @@ class BlockDecision:
 
         ``in_place``: ``tensors`` are the caller's to lose, so that masking needs no second copy of them.
         """
-        result = mask_tensors(tensors, self.removals)
+        given = self._with_numbers(tensors, in_place)
+        result = mask_tensors(given, self.removals)
         for name, mask_OI in self.masks.items():
             matrix = self.matrices[name]
             stays_OI = self._in_dense_shape(name, mask_OI, tensors)
@@ -77,6 +86,23 @@ class BlockDecision:
                 result[matrix.parameter] = result[matrix.parameter] * (stays_OI.mT if matrix.transposed else stays_OI)
         return result
 
+    def _with_numbers(self, tensors: Mapping[str, torch.Tensor], in_place: bool) -> Mapping[str, torch.Tensor]:
+        """The tensors, dense, with the new numbers where what stays stood."""
+        if not self.numbers:
+            return tensors
+        result = dict(tensors)
+        for name, numbers_OI in self.numbers.items():
+            matrix = self.matrices[name]
+            if not in_place and result[matrix.parameter] is tensors[matrix.parameter]:
+                result[matrix.parameter] = result[matrix.parameter].clone()
+            dense_OI = matrix.of(result)
+            if dense_OI.shape == numbers_OI.shape:
+                dense_OI.copy_(numbers_OI)
+            else:
+                rows, columns = self.survivors(name, tensors)
+                dense_OI[rows[:, None], columns] = numbers_OI.to(dense_OI)
+        return result
+
     def _in_dense_shape(self, name: str, mask_OI: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """A mask over the dense matrix, from one over what the cut leaves of it."""
         whole = self.matrices[name].shape({key: tensor.shape for key, tensor in tensors.items()})
@@ -86,16 +112,6 @@ class BlockDecision:
         stays_OI = torch.ones(whole, dtype=torch.bool, device=mask_OI.device)
         stays_OI[rows[:, None], columns] = mask_OI
         return stays_OI
-
-    def _masked(
-        self, result: dict[str, torch.Tensor], given: Mapping[str, torch.Tensor], in_place: bool
-    ) -> Iterator[tuple[str, BlockMatrix]]:
-        """The matrices that have masks, once the parameters that they change are no longer anyone else's."""
-        for name in self.masks:
-            matrix = self.matrices[name]
-            if not in_place and result[matrix.parameter] is given[matrix.parameter]:
-                result[matrix.parameter] = result[matrix.parameter].clone()
-            yield name, matrix
 
     def survivors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows and columns of the matrix ``name`` that are left after the cut; none of an expert that leaves."""

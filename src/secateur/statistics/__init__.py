@@ -7,7 +7,7 @@ another worker's part, and gives its state as named tensors to store and resume.
 
 from secateur.statistics.base import GradientSource, GradientStatistic, InputStatistic, Statistic, gradient_kinds
 from secateur.statistics.gradient import GradientAbs, GradientMean, GradientSquare
-from secateur.statistics.inputs import InputNorm, InputSecondMoment
+from secateur.statistics.inputs import InputMean, InputNorm, InputSecondMoment, InputVariance
 from secateur.statistics.states import BlockStatistics, add_states, as_states
 
 __all__ = [
@@ -17,9 +17,11 @@ __all__ = [
     "GradientSource",
     "GradientSquare",
     "GradientStatistic",
+    "InputMean",
     "InputNorm",
     "InputSecondMoment",
     "InputStatistic",
+    "InputVariance",
     "Statistic",
     "add_states",
     "as_states",

@@ -37,13 +37,11 @@ class Statistic(ABC):
         """This statistic on ``device``; where it is there already, itself."""
         if self.total is None or self.total.device == device:
             return self
-        return type(self).from_state({"total": self.total.to(device), "windows": torch.tensor(self.windows)})
+        return self._with(self.total.to(device))
 
     def as_sum(self) -> torch.Tensor:
         """A tensor that adds up with those of other workers, its own to change."""
-        if self.total is None:
-            raise ValueError(f"{self.name} has seen no window")
-        return self.total.clone()
+        return self.known().clone()
 
     def set_sum(self, summed: torch.Tensor, windows: int) -> None:
         """Become the statistic of all ``windows`` windows, from what ``as_sum`` gave, added up over workers."""
@@ -60,9 +58,7 @@ class Statistic(ABC):
 
     def state(self) -> dict[str, torch.Tensor]:
         """Everything needed to store this statistic and to go on from it."""
-        if self.total is None:
-            raise ValueError(f"{self.name} has seen no window")
-        return {"total": self.total, "windows": torch.tensor(self.windows)}
+        return {"total": self.known(), "windows": torch.tensor(self.windows)}
 
     @classmethod
     def from_state(cls, state: dict[str, torch.Tensor]) -> Self:
@@ -71,23 +67,44 @@ class Statistic(ABC):
         statistic.total, statistic.windows = state["total"], int(state["windows"])
         return statistic
 
-    def mean(self) -> torch.Tensor:
-        """The mean over windows, float32."""
+    def known(self) -> torch.Tensor:
+        """What has been gathered.
+
+        Raises:
+            ValueError: nothing has.
+        """
         if self.total is None:
             raise ValueError(f"{self.name} has seen no window")
-        return (self.total / self.windows).float()
+        return self.total
+
+    def _with(self, total: torch.Tensor) -> Self:
+        return type(self).from_state({"total": total, "windows": torch.tensor(self.windows)})
+
+    def mean(self) -> torch.Tensor:
+        """The mean over windows, float32."""
+        return (self.known() / self.windows).float()
 
 
 class InputStatistic(Statistic):
-    """Measured on what goes into a matrix."""
+    """Measured on what goes into a matrix.
+
+    Attributes:
+        per_window: each window has to come alone; otherwise the tokens of several windows may come together.
+    """
+
+    per_window: ClassVar[bool] = True
 
     @abstractmethod
     def term(self, x_TI: torch.Tensor) -> torch.Tensor:
-        """What one window adds: of its inputs ``(tokens, input features)``; of an expert the tokens that go to it."""
+        """What windows add: of their inputs ``(tokens, input features)``; of an expert the tokens that go to it."""
 
     @abstractmethod
-    def fold(self, term: torch.Tensor) -> None:
-        """Fold in one window's term; it stays the caller's, who may have it for several matrices with the same inputs."""
+    def fold(self, term: torch.Tensor, windows: int = 1) -> None:
+        """Fold in the term of one window, or of several; it stays the caller's, who may have it for several matrices."""
+
+    def select(self, columns: torch.Tensor) -> Self:
+        """The same of some of the inputs."""
+        return self._with(self.known()[columns])
 
     def update(self, x_TI: torch.Tensor) -> None:
         """Fold in the inputs of one window."""

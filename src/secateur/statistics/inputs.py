@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Self
+
 import torch
 
 from secateur.statistics.base import InputStatistic
@@ -39,7 +41,7 @@ class InputNorm(InputStatistic):
     def term(self, x_TI: torch.Tensor) -> torch.Tensor:
         return torch.norm(x_TI.float().T, p=2, dim=1) ** 2
 
-    def fold(self, term: torch.Tensor) -> None:
+    def fold(self, term: torch.Tensor, windows: int = 1) -> None:
         if self.terms is not None:
             self.terms.append(term)
         if self.total is None:
@@ -57,9 +59,7 @@ class InputNorm(InputStatistic):
 
     def mean(self) -> torch.Tensor:
         """The running mean itself."""
-        if self.total is None:
-            raise ValueError("input_norm has seen no window")
-        return self.total.float()
+        return self.known().float()
 
     def norm_I(self) -> torch.Tensor:
         """``sqrt(mean over windows of sum over tokens of x_j^2)``, float32."""
@@ -67,13 +67,51 @@ class InputNorm(InputStatistic):
 
 
 class InputSecondMoment(InputStatistic):
-    """Mean over windows of the sum over tokens of x x^T, ``(I, I)``: SparseGPT's Hessian is twice this (methods §3.2)."""
+    """Mean over windows of the sum over tokens of x x^T, ``(I, I)``, float32 (methods §3.2)."""
 
     name = "input_second_moment"
+    per_window = False
 
     def term(self, x_TI: torch.Tensor) -> torch.Tensor:
         x_TI = x_TI.float()
         return x_TI.T @ x_TI
 
-    def fold(self, term: torch.Tensor) -> None:
-        self._add(term.clone() if self.total is None else term)  # the first becomes the sum
+    def fold(self, term: torch.Tensor, windows: int = 1) -> None:
+        self._add(term.clone() if self.total is None else term, windows)  # the first becomes the sum
+
+    def select(self, columns: torch.Tensor) -> Self:
+        """The same of some of the inputs."""
+        return self._with(self.known()[columns][:, columns])
+
+    def hessian_II(self) -> torch.Tensor:
+        """SparseGPT's Hessian of a row's squared output error, twice the mean, ``(I, I)`` float32, the caller's to change."""
+        return self.known() * (2 / self.windows)
+
+
+class InputMean(InputStatistic):
+    """Mean over windows of the sum over tokens of x, ``(I,)``, float32: DSnoT's expectation (methods §7.1)."""
+
+    name = "input_mean"
+
+    def term(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return x_TI.float().sum(dim=0)
+
+    def fold(self, term: torch.Tensor, windows: int = 1) -> None:
+        self._add(term.clone() if self.total is None else term, windows)
+
+
+class InputVariance(InputStatistic):
+    """Mean over windows of the variance of x over the window's tokens, ``(I,)``, float32.
+
+    DSnoT weighs windows by their tokens; ours have equally many. What differs between windows is not in it (methods §7.1).
+    """
+
+    name = "input_variance"
+
+    def term(self, x_TI: torch.Tensor) -> torch.Tensor:
+        if not len(x_TI):  # an expert to which no token of the window went
+            return torch.zeros(x_TI.shape[1], device=x_TI.device)
+        return x_TI.float().var(dim=0, correction=0)
+
+    def fold(self, term: torch.Tensor, windows: int = 1) -> None:
+        self._add(term.clone() if self.total is None else term, windows)

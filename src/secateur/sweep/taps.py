@@ -20,6 +20,10 @@ from secateur.errors import ModelError
 from secateur.statistics import GradientStatistic, InputStatistic
 
 
+ALL = -1
+"""Stands for all windows of a micro-batch at once."""
+
+
 class InputTaps:
     """Folds what flows into each matrix into the matrix's statistics, one window at a time."""
 
@@ -38,8 +42,12 @@ class InputTaps:
         def tell(product: Product) -> None:
             for name, expert in watch.matrices_in(product):
                 x = product.x if expert is None else product.x[expert]
-                for window, x_TI in enumerate(_windows_of(x, windows, name)):
-                    for statistic in self._statistics[name]:
+                x_BTI = _windows_of(x, windows, name)
+                for statistic in self._statistics[name]:
+                    if not statistic.per_window:
+                        statistic.fold(shared.term(statistic, ALL, x, x_BTI.flatten(0, 1)), windows)
+                        continue
+                    for window, x_TI in enumerate(x_BTI):
                         statistic.fold(shared.term(statistic, window, x, x_TI))
 
         with Products(watch.parameters.items(), tell):
@@ -64,9 +72,7 @@ class _Shared:
         key = type(statistic), window
         if key in self._terms:
             return self._terms[key]
-        term = statistic.term(x_TI)
-        if term.dim() == 1:  # products of all inputs with all are too large to keep for every window
-            self._terms[key] = term
+        term = self._terms[key] = statistic.term(x_TI)  # a vector for every window, or one matrix for all
         return term
 
 

@@ -1,0 +1,20 @@
+"""How weights leave: one small file a removal, listed here and nowhere else."""
+
+from secateur.options import parse_named
+from secateur.removal.methods.base import Removal, Removed, Task
+from secateur.removal.methods.mask import Mask
+from secateur.removal.methods.sparsegpt import SparseGPT
+
+REMOVALS: dict[str, type[Removal]] = {r.name: r for r in (Mask, SparseGPT)}
+
+
+def removal_from(text: str) -> Removal:
+    """The removal that ``"name:option=value,..."`` describes.
+
+    Raises:
+        RecipeError: unknown name, option or value; the nearest known one is suggested.
+    """
+    return parse_named(text, REMOVALS)
+
+
+__all__ = ["REMOVALS", "Removal", "Removed", "Task", "removal_from"]
