@@ -20,7 +20,7 @@ FLAGS: dict[str, Any] = {
     "criterion": Annotated[
         str | None,
         typer.Option(
-            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms. Options ride on the name: "
+            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt. Options ride on the name: "
             "`gblm:norm=l2,alpha=100`, `taylor:order=mixed`. [default: taylor]",
             show_default=False,
         ),
@@ -61,15 +61,27 @@ FLAGS: dict[str, Any] = {
     "within": Annotated[
         str | None,
         typer.Option(
-            help="Where single weights compete: row, layer (one matrix) or global. [default: row]", show_default=False
+            help="Where single weights compete: row, block (128 inputs of all rows), layer (one matrix) or global. "
+            "[default: as published; row, block for sparsegpt]",
+            show_default=False,
+        ),
+    ],
+    "removal": Annotated[
+        str | None,
+        typer.Option(
+            help="How what was chosen leaves: mask (zeroed); sparsegpt (what stays is updated; `sparsegpt:bits=4` rounds it too); "
+            "alps (mask and update by ADMM); dsnot (the mask is refined by swaps). Units that are cut can be made good as well: "
+            "sparsegpt, alps. [default: as published; mask, sparsegpt for sparsegpt]",
+            show_default=False,
         ),
     ],
     "allocation": Annotated[
         str | None,
         typer.Option(
             help="uniform: the same share from every block. two-tier: the ends are kept whole (--protect), the same share from "
-            "every block between. global: one ranking over the model, scores per parameter. With the last two blocks differ "
-            "in size. [default: uniform]",
+            "every block between. global: one ranking over the model, scores per parameter. alpha (AlphaPruning), owl, "
+            "sensitivity (measured): each block its own share, of weights too; options ride on the name: "
+            "`alpha:metric=mid,spread=0.2`. But for uniform, units cut leave blocks of different sizes. [default: uniform]",
             show_default=False,
         ),
     ],

@@ -303,18 +303,13 @@ class Planner:
     @cached_property
     def _figures(self) -> list[dict[str, float]]:
         """What the allocation's policy measures of each block of ``blocks``."""
-        policy, workers = self.recipe.parsed_policy(), self.workplace.workers
+        policy = self.recipe.parsed_policy()
         assert policy is not None
         ids_NT = self.windows.ids_NT if self.recipe.reads_text else None
         ratio = self.recipe.mask_ratio if self.recipe.masks_weights else self.recipe.cut_ratio
-        found = (
-            allocation_figures(
-                policy, self.checkpoint, ids_NT, self._settings(alone=True), self.blocks, ratio, self.workplace.cache
-            )
-            if workers.leads
-            else None
+        return allocation_figures(
+            policy, self.checkpoint, ids_NT, self._settings(), self.blocks, ratio, self.workplace.cache
         )
-        return workers.first(found)
 
     # -- choosing on the way: under dense propagation in any order, under pruned block by block
 
@@ -485,12 +480,10 @@ class Planner:
     def _sweep(self) -> Sweep:
         return Sweep(self.checkpoint, self.windows.ids_NT, self._settings())
 
-    def _settings(self, alone: bool = False) -> SweepSettings:
-        """How to walk; ``alone``: without the other workers."""
+    def _settings(self) -> SweepSettings:
         place, recipe = self.workplace, self.recipe
-        workers = ALONE if alone else place.workers
         settings = SweepSettings(
-            place.micro_batch or recipe.micro_batch, place.memory, place.scratch, place.placement, workers
+            place.micro_batch or recipe.micro_batch, place.memory, place.scratch, place.placement, place.workers
         )
         if recipe.gradient is not None:
             settings = replace(settings, gradient=recipe.gradient)

@@ -134,7 +134,7 @@ class Preflight:
         self.limit = limit
         self.checkpoint, self.recipe, self.placement = checkpoint, recipe, placement
         self.windows, self.keeps_scores, self.writes = windows, keeps_scores, writes
-        self.needs = recipe.parsed_criterion().needs()
+        self.needs, self.removal = recipe.needs(), recipe.parsed_removal()
         self.micro_batch = micro_batch
         self.blocks = recipe.block_range(len(checkpoint.skeleton.blocks))
 
@@ -149,7 +149,7 @@ class Preflight:
             memory=memory,
             limit=limit,
             kept=boundaries + self._graphs(probe),
-            scratch=max(0, boundaries - max(0, limit - memory)) + self._boundary(),
+            scratch=max(0, boundaries - max(0, limit - memory)) + self._boundary() + self._numbers(),
             cache=self.keeps_scores + gradients * len(gradient_kinds(self.needs)),
             output=self._bytes() if self.writes else 0,
             seconds=self._seconds(probe),
@@ -191,7 +191,9 @@ class Preflight:
     def _scoring(self) -> int:
         """Bytes while a block is scored."""
         largest = max(map(math.prod, self._matrices()), default=0)
-        return self._block() + self._statistics() + SCORING * 4 * largest
+        removing = max((self.removal.scratch_bytes(*shape) for shape in self._matrices()), default=0)
+        numbers = self._bytes_of_block() if self.removal.updates else 0
+        return self._block() + self._statistics() + max(SCORING * 4 * largest, removing) + numbers
 
     def _running(self, probe: _Probe) -> int:
         """Bytes while a block runs, or while the head does."""
@@ -223,6 +225,14 @@ class Preflight:
             return 0
         batches = -(-self.windows[0] // self.micro_batch)
         return (len(self.checkpoint.skeleton.blocks) - self.blocks.start) * (self._block() + batches * probe.graph)
+
+    def _numbers(self) -> int:
+        """Bytes of new numbers, which wait for the plan to be carried out."""
+        return len(self.blocks) * self._bytes_of_block() if self.removal.updates else 0
+
+    def _bytes_of_block(self) -> int:
+        """One block's matrices as they are stored."""
+        return sum(map(math.prod, self._matrices())) * self.checkpoint.dtype.itemsize
 
     def _bytes(self) -> int:
         return sum(tensor.bytes for tensor in self.checkpoint.tensors.values())
@@ -314,7 +324,7 @@ class _Run:
         self._checkpoint, self._block, self._calls, self._recipe = checkpoint, block, calls, recipe
         self._x = entering
         self._matrices = checkpoint.skeleton.prunable(0)
-        self._statistics = fresh(self._matrices, recipe.parsed_criterion().needs())
+        self._statistics = fresh(self._matrices, recipe.needs())
 
     @torch.no_grad()
     def forward(self) -> None:

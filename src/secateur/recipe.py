@@ -9,7 +9,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from secateur.allocation.policies import POLICIES, Policy
+from secateur.allocation.policies import POLICIES
+from secateur.allocation.policy import Policy
 from secateur.criteria import Criterion, criterion_from
 from secateur.criteria.base import Within
 from secateur.errors import RecipeError, suggest

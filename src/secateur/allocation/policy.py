@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from secateur.allocation.shares import balance
-from secateur.criteria.base import Options
+from secateur.options import Named, Options
 from secateur.statistics import Statistic
 
 MOST = 0.99
@@ -29,23 +29,17 @@ class SpreadOptions(Options):
     by: Literal["block", "matrix"] = "block"
 
 
-class Policy(ABC):
+class Policy(Named, ABC):
     """A ratio for every matrix out of what was measured of the dense model.
 
     Attributes:
-        name: how users call it.
         measured: whether its figures are losses of the model with one block masked; otherwise ``figure`` makes them.
-        options_type: the options that ride on the name.
         measured_by: those of the options on which figures depend; the others matter afterwards.
     """
 
-    name: ClassVar[str]
+    flag = "allocation"
     measured: ClassVar[bool] = False
-    options_type: ClassVar[type[Options]] = Options
     measured_by: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, options: Options | None = None) -> None:
-        self.options: Any = options if options is not None else self.options_type()
 
     def needs(self) -> frozenset[type[Statistic]]:
         """The statistics of the dense model that ``figure`` reads."""
@@ -100,9 +94,6 @@ class Policy(ABC):
         figure_L = [mean if figure is None else figure for figure in figures]
         most = max(MOST, (1 + ratio) / 2)
         return balance(self.wish_L(figure_L, size_L, ratio), size_L, ratio, [most] * len(size_L))
-
-    def __str__(self) -> str:
-        return f"{self.name}:" + ",".join(f"{key}={value}" for key, value in self.options.model_dump().items())
 
 
 def from_0_to_1(value_L: Sequence[float]) -> list[float]:

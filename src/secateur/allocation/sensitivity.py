@@ -9,7 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from secateur.allocation.policy import Figures, Policy, from_0_to_1
-from secateur.criteria.base import Options
+from secateur.options import Options
 
 DENSE, MASKED, DIVERGENCE = "dense_loss", "masked_loss", "divergence"
 """What a block's figures are called: two mean next-token cross-entropies and a mean Kullback-Leibler divergence, in nats."""

@@ -8,7 +8,8 @@ import torch
 
 from secateur.recipe import Recipe
 from secateur.removal.amount import Amount
-from secateur.removal.masks import mask_of, threshold_mask
+from secateur.removal.masks import threshold_mask
+from secateur.removal.selection import lowest_mask
 from secateur.removal.threshold import exact_threshold
 
 
@@ -33,7 +34,7 @@ class WeightChooser:
             name: of the matrix, for messages.
         """
         if amount is not None:
-            return mask_of(score_OI, amount, name)
+            return lowest_mask(score_OI, amount, name)
         if self._threshold is None:
             return torch.ones_like(score_OI, dtype=torch.bool)
         mask_OI, ties = threshold_mask(score_OI, *self._threshold)

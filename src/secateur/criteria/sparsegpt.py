@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 
 from secateur.criteria.base import Criterion, Matrix, Options
-from secateur.removal.curvature import inverse_diagonal
+from secateur.removal.curvature import factor
 from secateur.statistics import InputSecondMoment, Statistic
 
 
@@ -32,5 +32,6 @@ class SparseGPT(Criterion):
         return frozenset({InputSecondMoment})
 
     def score_OI(self, matrix: Matrix) -> torch.Tensor:
-        diagonal_I = inverse_diagonal(matrix.of(InputSecondMoment).hessian_II(), self.options.dampening)
-        return matrix.weight_OI.float().square() / diagonal_I
+        found = factor(matrix.of(InputSecondMoment).hessian_II(), self.options.dampening, matrix.name)
+        inverse_diagonal_I = found.upper_II.square().sum(dim=0)
+        return matrix.weight_OI.float().square().masked_fill(found.dead_I, 0) / inverse_diagonal_I

@@ -12,63 +12,21 @@ import numpy as np
 import torch
 
 from secateur.errors import RecipeError
-from secateur.removal.amount import Amount, block_counts, row_counts
 from secateur.removal.threshold import exact_threshold
 
 CHUNK = 1 << 22
 """Scores looked at together: what is computed on the way (a copy, indices, flags) is bounded by it, not by the matrix."""
 
 
-BLOCK_COLUMNS = 128
-"""Consecutive inputs whose weights compete with each other within ``block``: SparseGPT's (methods §3.4)."""
-
-
-def mask_of(score_OI: torch.Tensor, amount: Amount, name: str) -> torch.Tensor:
-    """The mask that takes the lowest scores, exactly as many as ``amount`` says.
-
-    Raises:
-        RecipeError: a pattern does not fit the number of inputs; ``name`` is the matrix it names.
-    """
-    if amount.group:
-        return n_of_m_mask(score_OI, amount.keep, amount.group, name)
-    if amount.within == "row":
-        return _rows_mask(score_OI, amount)
-    if amount.within == "layer":
-        return _lowest_mask(score_OI, amount.leaving)
-    outputs, inputs = score_OI.shape
-    keep_OI = torch.empty_like(score_OI, dtype=torch.bool)
-    for number, leaving in enumerate(block_counts(amount, inputs, outputs, BLOCK_COLUMNS)):
-        columns = slice(number * BLOCK_COLUMNS, (number + 1) * BLOCK_COLUMNS)
-        keep_OI[:, columns] = _lowest_mask(score_OI[:, columns].contiguous(), leaving)
-    return keep_OI
-
-
-def _rows_mask(score_OI: torch.Tensor, amount: Amount) -> torch.Tensor:
-    rows, inputs = score_OI.shape
-    if amount.leaving % max(1, rows) == 0:
-        leaving = amount.leaving // max(1, rows)
-        return _by_rows(score_OI, lambda score_RI: _without_lowest(score_RI, leaving))
-    counts_O = row_counts(amount, (rows, inputs), score_OI)
-    keep_OI = torch.empty_like(score_OI, dtype=torch.bool)
-    for leaving in counts_O.unique().tolist():
-        chosen = torch.nonzero(counts_O == leaving).reshape(-1)
-        keep_OI[chosen] = _by_rows(score_OI[chosen], lambda score_RI, n=leaving: _without_lowest(score_RI, n))  # type: ignore[misc]
-    return keep_OI
-
-
 def row_mask(score_OI: torch.Tensor, ratio: float) -> torch.Tensor:
     """In every row the ``int(I * ratio)`` lowest leave (Wanda's comparison group)."""
-    rows, inputs = score_OI.shape
-    return mask_of(score_OI, Amount(rows * int(inputs * ratio), "row"), "")
+    leaving = int(score_OI.shape[1] * ratio)
+    return _by_rows(score_OI, lambda score_RI: _without_lowest(score_RI, leaving))
 
 
 def layer_mask(score_OI: torch.Tensor, ratio: float) -> torch.Tensor:
     """Of the whole matrix the ``int(O * I * ratio)`` lowest leave; scores are float32."""
-    return mask_of(score_OI, Amount(int(score_OI.numel() * ratio), "layer"), "")
-
-
-def _lowest_mask(score_OI: torch.Tensor, leaving: int) -> torch.Tensor:
-    """The ``leaving`` lowest of all leave."""
+    leaving = int(score_OI.numel() * ratio)
     if not leaving:
         return torch.ones_like(score_OI, dtype=torch.bool)
     return threshold_mask(score_OI, *exact_threshold(lambda: [score_OI], leaving))[0]

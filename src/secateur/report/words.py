@@ -19,19 +19,36 @@ def asked(plan: Plan) -> str:
     if recipe.n_of_m:
         parts.append(f"{recipe.n_of_m} sparsity")
     elif recipe.masks_weights:
-        within = {"row": "of every row", "layer": "of every matrix", "global": "of the weights of all matrices"}
-        parts.append(f"{100 * recipe.mask_ratio:g} % {within[recipe.within]}")
+        parts.append(f"{100 * recipe.mask_ratio:g} % {_whose(recipe)}")
     blocks = f" in blocks {recipe.blocks}" if recipe.blocks else ""
-    return " and ".join(parts) + blocks
+    policy = recipe.parsed_policy()
+    spread = f", each block its own share by {policy.name}" if policy else ""
+    removal = recipe.parsed_removal()
+    leaves = f", {'what stays updated' if removal.updates else 'refined'} by {removal.name}" if removal.needs() else ""
+    return " and ".join(parts) + blocks + spread + leaves
+
+
+def _whose(recipe: Recipe) -> str:
+    """Of what the ratio of single weights is a share."""
+    if recipe.parsed_policy() is not None:
+        return "of the weights of all matrices"
+    within = {
+        "row": "of every row",
+        "block": "of every 128 inputs of a matrix",
+        "layer": "of every matrix",
+        "global": "of the weights of all matrices",
+    }
+    return within[recipe.within or "row"]
 
 
 def _asked_of_units(recipe: Recipe) -> str:
     kinds = recipe.cut_kinds
     if recipe.target:
         asked = f"{recipe.target} of the whole model, by {_units(kinds)}"
-    elif recipe.allocation == "uniform":
+    elif recipe.allocation == "uniform" or recipe.parsed_policy() is not None:
         inside, spanning = (tuple(kind for kind in kinds if (kind in SPANNING) == spans) for spans in (False, True))
-        whose = [f"each block's {_units(inside)}"] * bool(inside) + [f"the model's {_units(spanning)}"] * bool(spanning)
+        each = "all blocks'" if recipe.parsed_policy() else "each block's"
+        whose = [f"{each} {_units(inside)}"] * bool(inside) + [f"the model's {_units(spanning)}"] * bool(spanning)
         asked = f"{100 * recipe.cut_ratio:g} % of {' and of '.join(whose)}"
     else:
         whole = "the model's parameters in" if recipe.allocation == "global" else "the model's"
@@ -53,8 +70,16 @@ def _units(kinds: Sequence[str]) -> str:
 
 
 def notes_in_words(notes: Mapping[str, Any]) -> list[str]:
-    """What a target and rounding came to, a line each."""
+    """What an allocation, a target, rounding and a removal came to, a line each."""
     lines = []
+    for kind, ratios in notes.get("allocation", {}).items():
+        least, most = (choose(ratios, key=ratios.__getitem__) for choose in (min, max))
+        what = "weights" if kind == "weight" else f"{kind} units"
+        lines.append(
+            f"shares of {what}: from {100 * ratios[least]:.1f} % of block {least} to {100 * ratios[most]:.1f} % of block {most}"
+        )
+    if raised := notes.get("removal", {}).get("dampening"):
+        lines.append(f"dampening had to be raised to {raised:g} where the inputs' second moments could not be inverted")
     if found := notes.get("target"):
         target = Target(found["measure"], found["at_most"])
         lines.append(

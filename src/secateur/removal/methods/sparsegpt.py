@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 
 from secateur.options import Options
+from secateur.removal.amount import Amount
 from secateur.removal.least_squares import refit_columns
 from secateur.removal.methods.base import Removal, Removed, Task
 from secateur.removal.quantise import Quantiser
@@ -43,11 +44,12 @@ class SparseGPT(Removal):
         found = sparsegpt(
             task.weight_OI,
             task.of(InputSecondMoment).hessian_II(),
-            task.amount,
+            task.amount or Amount(0, "row"),
             mask_OI=None if own else task.choose(),
             block_size=options.block_size,
             dampening=options.dampening,
-            quantiser=Quantiser(options.bits) if options.bits < 16 else None,
+            quantiser=Quantiser.of(task.weight_OI, options.bits) if options.bits < 16 else None,
+            name=task.name,
         )
         notes = {"dampening": found.dampening} if found.dampening > options.dampening else {}
         return Removed(found.mask_OI, found.weight_OI, notes)
