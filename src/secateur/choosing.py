@@ -19,8 +19,8 @@ from secateur.allocation import (
     uniform_amounts,
 )
 from secateur.allocation.goal import Goal, Solved, solve, solve_by_kind
-from secateur.allocation.pools import Chosen, Key
 from secateur.allocation.policy import Policy
+from secateur.allocation.pools import Chosen, Key
 from secateur.allocation.shares import apportion
 from secateur.allocation.two_tier import check_middle
 from secateur.allocation.uniform import check_share, check_total, rounded
@@ -214,7 +214,9 @@ class Chooser:
     ) -> None:
         """Keep for the record what share of a kind each block gives, the mean of its matrices."""
         of_blocks = [round(sum(own.values()) / len(own), 4) if own else 0.0 for own in ratios]
-        self.notes.setdefault("allocation", {})[kind] = dict(zip(map(str, blocks or self.blocks), of_blocks, strict=True))
+        self.notes.setdefault("allocation", {})[kind] = dict(
+            zip(map(str, blocks or self.blocks), of_blocks, strict=True)
+        )
 
     def _lowest(self, amounts: Amounts, scores: Mapping[Key, torch.Tensor] | None) -> Chosen:
         """The lowest units; where there are no scores yet, the first of them, which leave the same sizes."""

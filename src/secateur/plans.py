@@ -171,9 +171,7 @@ class Plan(_Strict):
             masks[name] = Masked(shape=(rows, columns), zeros=zeros_of(mask_OI))
             bits[name] = pack(mask_OI)
         numbers = self._numbers.put(block, decision.numbers) if decision.numbers else None
-        entry = BlockPlan(
-            block=block, cuts=cuts, masks=masks, updated=sorted(decision.numbers), numbers_sha256=numbers
-        )
+        entry = BlockPlan(block=block, cuts=cuts, masks=masks, updated=sorted(decision.numbers), numbers_sha256=numbers)
         self._store.put(block, as_text(entry.model_dump(mode="json")), bits)
         self._enter(entry)
 

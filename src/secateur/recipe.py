@@ -158,7 +158,9 @@ class Recipe(BaseModel):
         if removal.name == "mask":
             return removal
         if not removal.updates and not self.masks_weights:
-            raise RecipeError(f"--removal {removal.name} refines masks, and {','.join(self.unit)} are cut; leave it out")
+            raise RecipeError(
+                f"--removal {removal.name} refines masks, and {','.join(self.unit)} are cut; leave it out"
+            )
         spanning = [kind for kind in self.cut_kinds if kind in SPANNING]
         if removal.updates and spanning:
             raise RecipeError(
@@ -230,9 +232,13 @@ class Recipe(BaseModel):
             object.__setattr__(self, "allocation", str(policy))
         spread = self.allocation
         if policy is not None and any(kind in SPANNING for kind in self.cut_kinds):
-            raise RecipeError(f"block and hidden units leave the model as a whole; leave --allocation {policy.name} out")
+            raise RecipeError(
+                f"block and hidden units leave the model as a whole; leave --allocation {policy.name} out"
+            )
         if policy is not None and self.within == "global":
-            raise RecipeError(f"--within global says itself how much each block gives; leave --allocation {policy.name} out")
+            raise RecipeError(
+                f"--within global says itself how much each block gives; leave --allocation {policy.name} out"
+            )
         if policy is not None and self.steps > 1:
             raise RecipeError(f"--allocation {policy.name} looks at the dense model once; leave --steps out")
         if policy is not None and self.masks_weights and "expert" in self.cut_kinds:

@@ -36,9 +36,7 @@ class Remover:
         self._removal, self._criterion = recipe.parsed_removal(), recipe.parsed_criterion()
         self.notes: dict[str, float] = {}
 
-    def by_scores(
-        self, index: int, removals: Removals, scores: Iterable[tuple[str, torch.Tensor]]
-    ) -> BlockDecision:
+    def by_scores(self, index: int, removals: Removals, scores: Iterable[tuple[str, torch.Tensor]]) -> BlockDecision:
         """The decision for a block whose scores were kept: its weights are not here, so all is zeroed or cut."""
         decision = self._begin(index, removals)
         tensors = self._shapes(index)

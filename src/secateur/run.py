@@ -107,9 +107,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
 
 def _identity(command: str, recipe: Recipe, checkpoint: Checkpoint, **more: Any) -> dict[str, Any]:
     """What the result depends on. ``memory`` decides what goes to disk and changes no bit; the device is a setting."""
-    text = (
-        fingerprint(recipe.calibration) if recipe.reads_text else None
-    )  # refused before weights are read
+    text = fingerprint(recipe.calibration) if recipe.reads_text else None  # refused before weights are read
     return {
         "command": command,
         "version": secateur.__version__,

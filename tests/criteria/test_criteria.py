@@ -12,7 +12,7 @@ from secateur.criteria import CRITERIA, criterion_from
 from secateur.criteria.base import Matrix
 from secateur.errors import RecipeError
 from secateur.removal.masks import row_mask
-from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputNorm
+from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputNorm, InputSecondMoment
 
 
 def matrix(
@@ -22,9 +22,10 @@ def matrix(
     weight_OI = torch.randn(6, 10, generator=generator)
     x_NTI = torch.randn(windows, 7, 10, generator=generator) * (0 if zero_input else 1)
     g_NOI = torch.randn(windows, 6, 10, generator=generator) * (0 if zero_gradient else 1e-3)
-    statistics = {kind: kind() for kind in (InputNorm, GradientMean, GradientAbs, GradientSquare)}
+    statistics = {kind: kind() for kind in (InputNorm, InputSecondMoment, GradientMean, GradientAbs, GradientSquare)}
     for n in order or range(windows):
-        statistics[InputNorm].update(x_NTI[n])
+        for kind in (InputNorm, InputSecondMoment):
+            statistics[kind].update(x_NTI[n])
         for kind in (GradientMean, GradientAbs, GradientSquare):
             statistics[kind].update(g_NOI[n])
     return Matrix("m", weight_OI, statistics)

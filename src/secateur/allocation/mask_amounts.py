@@ -72,7 +72,8 @@ def _counted_patterns(recipe: Recipe, ratios: Ratios, shapes: Shapes) -> dict[tu
     sizes = {block: {name: prod(shape) for name, shape in own.items()} for block, own in shapes.items() if own}
     groups = [sum(own.values()) // group for own in sizes.values()]
     wish = [
-        sum(ratios[block][name] * size for name, size in own.items()) / sum(own.values()) for block, own in sizes.items()
+        sum(ratios[block][name] * size for name, size in own.items()) / sum(own.values())
+        for block, own in sizes.items()
     ]
     steps = apportion_steps(wish, groups, group, recipe.mask_ratio)
     return {

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+
 from secateur.options import Named, Options
 from secateur.statistics import GradientSource, Statistic
 

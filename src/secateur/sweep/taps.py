@@ -19,7 +19,6 @@ from secateur.checkpoint.products import Product, Products
 from secateur.errors import ModelError
 from secateur.statistics import GradientStatistic, InputStatistic
 
-
 ALL = -1
 """Stands for all windows of a micro-batch at once."""
 

@@ -71,4 +71,6 @@ class ALPS(Removal):
         return {"dampening": dampening} if dampening > self.options.dampening else {}
 
     def scratch_bytes(self, outputs: int, inputs: int) -> int:
-        return 4 * (5 * inputs * inputs + 8 * outputs * inputs)  # spectrum, inverse; the two matrices, dual, right-hand side
+        return 4 * (
+            5 * inputs * inputs + 8 * outputs * inputs
+        )  # spectrum, inverse; the two matrices, dual, right-hand side

@@ -79,7 +79,9 @@ class Removal(Named, ABC):
             ModelError: its inputs allow no solution.
         """
 
-    def refit(self, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]) -> Removed:
+    def refit(
+        self, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
+    ) -> Removed:
         """New numbers ``(O, K)`` of the inputs that stay, where a cut takes the others.
 
         Only removals that update are asked.

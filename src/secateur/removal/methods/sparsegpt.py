@@ -62,4 +62,6 @@ class SparseGPT(Removal):
         return Removed(torch.ones_like(weight_OK, dtype=torch.bool), weight_OK)
 
     def scratch_bytes(self, outputs: int, inputs: int) -> int:
-        return 4 * (4 * inputs * inputs + 3 * outputs * inputs)  # the Hessian damped, inverted and factored; weights twice, errors
+        return 4 * (
+            4 * inputs * inputs + 3 * outputs * inputs
+        )  # the Hessian damped, inverted and factored; weights twice, errors
