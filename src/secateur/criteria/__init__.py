@@ -1,14 +1,18 @@
-"""What each weight is worth: one small file a criterion, listed here and nowhere else."""
+"""What each weight, or each whole block, is worth: one small file a criterion, listed here and nowhere else."""
 
-from secateur.criteria.base import Criterion, parse_criterion
+from secateur.criteria.angular import Angular
+from secateur.criteria.base import BlockCriterion, Criterion, parse_criterion
 from secateur.criteria.fms import FMS
 from secateur.criteria.gblm import GBLM
+from secateur.criteria.influence import Influence
 from secateur.criteria.magnitude import Magnitude
 from secateur.criteria.random import Random
 from secateur.criteria.taylor import Taylor
 from secateur.criteria.wanda import Wanda
 
-CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor, FMS)}
+CRITERIA: dict[str, type[Criterion]] = {
+    c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor, FMS, Influence, Angular)
+}
 
 
 def criterion_from(text: str) -> Criterion:
@@ -20,4 +24,4 @@ def criterion_from(text: str) -> Criterion:
     return parse_criterion(text, CRITERIA)
 
 
-__all__ = ["CRITERIA", "Criterion", "criterion_from"]
+__all__ = ["CRITERIA", "BlockCriterion", "Criterion", "criterion_from"]

@@ -42,6 +42,7 @@ class Criterion(ABC):
     Attributes:
         name: how users call it.
         propagation: the default of ``--propagate``, as the method was published.
+        keeps_last: whether the last block stays, unless ``--blocks`` names it.
         gradient: the default of ``--gradient``, as the method was published; means nothing where none are needed.
         options_type: the options that ride on the name.
     """
@@ -50,6 +51,7 @@ class Criterion(ABC):
     propagation: ClassVar[Propagation] = "dense"
     gradient: ClassVar[GradientSource] = "exact"
     options_type: ClassVar[type[Options]] = Options
+    keeps_last: ClassVar[bool] = False
 
     def __init__(self, options: Options | None = None) -> None:
         self.options: Any = options if options is not None else self.options_type()
@@ -74,9 +76,47 @@ class Criterion(ABC):
         others = [other for other in range(contribution.dim()) if other != dim]
         return contribution.sum(dim=others, dtype=torch.float64)
 
+    def block_score(
+        self, gathered: Mapping[type[Statistic], Statistic], contributions: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What has to be known of one block to choose among whole blocks: what its matrices contribute, ``()`` float64.
+
+        Args:
+            gathered: the statistics of the block itself.
+            contributions: ``score_OI`` by parameter name.
+        """
+        rows = [self.channel_score(part.flatten(1), 0).sum() for part in contributions.values()]
+        return torch.stack(rows).sum()
+
+    def over_blocks(self, known: Mapping[int, torch.Tensor], count: int) -> torch.Tensor:
+        """The score of each of ``count`` blocks, ``(U,)`` float64, from their ``block_score``; those not known have 0.
+
+        A criterion of runs gives ``(U, U)``: the score of all blocks from the first index through the second.
+        """
+        score_U = torch.zeros(count, dtype=torch.float64)
+        for block, score in known.items():
+            score_U[block] = score
+        return score_U
+
     def __str__(self) -> str:
         chosen = ",".join(f"{key}={_text(value)}" for key, value in self.options.model_dump().items())
         return f"{self.name}:{chosen}" if chosen else self.name
+
+
+class BlockCriterion(Criterion):
+    """A criterion of whole blocks: single weights and the units inside a block have no score.
+
+    The last block stays by default (methods §9.2): what leaves it goes to the head as it is.
+
+    Attributes:
+        of_runs: whether consecutive blocks are scored together, and leave as one run.
+    """
+
+    keeps_last = True
+    of_runs: ClassVar[bool] = False
+
+    def score_OI(self, matrix: Matrix) -> torch.Tensor:
+        raise TypeError(f"{self.name} scores whole blocks, not {matrix.name}")
 
 
 def _text(value: Any) -> str:
