@@ -29,7 +29,8 @@ def test_no_other_run_is_lower(data):
     ).reshape(total, total)
     found = lowest_run(blocks(total, range(start, stop)), score_UU, count)
     assert found == list(range(found[0], found[0] + count))
-    assert start <= found[0] and found[-1] < stop
+    assert start <= found[0]
+    assert found[-1] < stop
     for first in range(start, stop - count + 1):
         other = score_UU[first, first + count - 1]
         assert score_UU[found[0], found[-1]] <= other

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -84,7 +86,7 @@ def test_the_last_block_is_judged_before_the_final_norm(save, windows_NT, tmp_pa
     model = tiny_llama(num_hidden_layers=BLOCKS)
     with torch.no_grad():
         hidden = model(input_ids=windows_NT, use_cache=False, output_hidden_states=True).hidden_states
-    listed = [plain_influence(x, out) for x, out in zip(hidden, hidden[1:], strict=False)]
+    listed = [plain_influence(x, out) for x, out in pairwise(hidden)]
     found = influences(swept(save(model), windows_NT, tmp_path / "s", {BlockCosine}))
     assert found[:-1] == pytest.approx(listed[:-1], abs=2e-6)
     assert abs(found[-1] - listed[-1]) > 1e-2

@@ -238,7 +238,7 @@ def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockSt
 
 def _feed_block(statistics: BlockStatistics, x_BTD: torch.Tensor, out_BTD: torch.Tensor) -> None:
     """Tell the block's own statistics what entered it and what left it, window by window."""
-    for statistic in of_kind({BLOCK: statistics.get(BLOCK, {})}, BlockStatistic)[BLOCK]:
+    for statistic in of_kind(statistics, BlockStatistic).get(BLOCK, []):
         for x_TD, out_TD in zip(x_BTD, out_BTD, strict=True):
             statistic.update(x_TD, out_TD)
 
