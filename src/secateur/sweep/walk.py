@@ -200,7 +200,7 @@ class ForwardWalk(Walk):
         advance: Advance,
     ) -> None:
         matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
-        statistics = self.fresh(matrices, needs)
+        statistics = self.fresh(matrices, needs) if index in blocks else {}
         last = index == blocks.stop - 1
         again = pruned and index in blocks and not last
         taps = InputTaps(matrices, of_kind(statistics, InputStatistic))
@@ -228,10 +228,10 @@ class ForwardWalk(Walk):
 
 
 def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
-    """Statistics that have seen nothing; a block out of which nothing is asked has no matrices, and none of its own."""
+    """Statistics that have seen nothing: of each matrix, and of the block itself."""
     of_block = {kind for kind in needs if issubclass(kind, BlockStatistic)}
     statistics: BlockStatistics = {name: {kind: kind() for kind in needs - of_block} for name in matrices}
-    if matrices and of_block:
+    if of_block:
         statistics[BLOCK] = {kind: kind() for kind in of_block}
     return statistics
 
