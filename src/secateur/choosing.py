@@ -13,6 +13,7 @@ from secateur.allocation import (
     Pool,
     Ranking,
     leave_everywhere,
+    lowest_run,
     lowest_units,
     pools_of,
     two_tier_amounts,
@@ -25,6 +26,7 @@ from secateur.allocation.shares import apportion
 from secateur.allocation.two_tier import check_middle
 from secateur.allocation.uniform import check_share, check_total, rounded
 from secateur.checkpoint.reader import Checkpoint
+from secateur.console import log
 from secateur.errors import RecipeError
 from secateur.quantities import Target
 from secateur.recipe import Recipe
@@ -222,7 +224,9 @@ class Chooser:
         """The lowest units; where there are no scores yet, the first of them, which leave the same sizes."""
         blank = {pool.key: torch.zeros(pool.groups[0].count) for pool in self.pools} if scores is None else scores
         return {
-            pool.key: lowest_units(pool, blank[pool.key], amounts[pool.key])
+            pool.key: (lowest_run if blank[pool.key].dim() == 2 else lowest_units)(
+                pool, blank[pool.key], amounts[pool.key]
+            )
             for pool in self.pools
             if pool.key in amounts
         }
@@ -258,14 +262,27 @@ class Chooser:
 
     def _pool_scores(self, scores_of: ScoresOf) -> dict[Key, torch.Tensor]:
         scores = {pool.key: torch.zeros(pool.groups[0].count, dtype=torch.float64) for pool in self.pools}
+        whole_blocks: dict[int, torch.Tensor] = {}
         for block in self.blocks:
             own = scores_of(block) if self.pools else {}
+            if "block" in own:
+                whole_blocks[block] = own["block"]
             for pool in self.pools:
-                if pool.kind == "block":
-                    scores[pool.key][block] = own["block"]
                 for group in pool.groups:
                     if group.block == block:
                         scores[pool.key] += own[unit_key(group)]
+        for pool in self.pools:
+            if pool.kind == "block":
+                scores[pool.key] = self._block_scores(whole_blocks, pool.groups[0].count)
+        return scores
+
+    def _block_scores(self, known: Mapping[int, torch.Tensor], count: int) -> torch.Tensor:
+        """Scores of whole blocks or of runs of them; the last is beyond price where the criterion keeps it."""
+        criterion = self.recipe.parsed_criterion()
+        scores = criterion.over_blocks(known, count)
+        if criterion.keeps_last and self.recipe.names_no_blocks:
+            scores[..., -1] = torch.inf
+            log.info("The last block stays, since the head reads what it gives; name it in --blocks to let it leave.")
         return scores
 
     # -- one ranking over the model

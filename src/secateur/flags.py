@@ -20,7 +20,8 @@ FLAGS: dict[str, Any] = {
     "criterion": Annotated[
         str | None,
         typer.Option(
-            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt. Options ride on the name: "
+            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt; or what a whole block is "
+            "(--unit block): influence, angular. Options ride on the name: "
             "`gblm:norm=l2,alpha=100`, `taylor:order=mixed`. [default: taylor]",
             show_default=False,
         ),

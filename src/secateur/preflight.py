@@ -24,6 +24,7 @@ from secateur.checkpoint.placement import Placement
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import resident_block
 from secateur.console import log
+from secateur.criteria import BlockCriterion
 from secateur.errors import TooLargeError
 from secateur.files import human_bytes, human_seconds
 from secateur.memory import memory_available, memory_now, peak_of
@@ -298,7 +299,7 @@ class Preflight:
         if gradient_kinds(self.needs):  # also where they are estimated: their statistics are of the same sizes
             probe.graph = bytes_kept(block, run.with_graph)
             probe.both = self._seconds_of(run.forward_and_back)
-        weights = run.smallest()
+        weights = run.smallest() if not isinstance(self.recipe.parsed_criterion(), BlockCriterion) else 0
         if weights:
             probe.scored = self._seconds_of(run.score) / weights
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from secateur.allocation.policies import POLICIES
 from secateur.allocation.policy import Policy
-from secateur.criteria import Criterion, criterion_from
+from secateur.criteria import BlockCriterion, Criterion, criterion_from
 from secateur.criteria.base import Within
 from secateur.errors import RecipeError, suggest
 from secateur.options import parse_named
@@ -137,6 +137,7 @@ class Recipe(BaseModel):
         self._settle_masks(criterion)
         self._check_amounts()
         self._check_allocation()
+        self._check_block_criterion(criterion)
         self._settle_gradient(criterion)
         removal = self._settle_removal(criterion)
         if self.propagate is None:
@@ -274,6 +275,25 @@ class Recipe(BaseModel):
             raise RecipeError(f"--protect is FIRST:LAST, two numbers of blocks such as 4:2, not '{self.protect}'")
         if self.rank == "apart" and spread != "global":
             raise RecipeError("--rank is about --allocation global; add that, or leave it out")
+
+    def _check_block_criterion(self, criterion: Criterion) -> None:
+        if not isinstance(criterion, BlockCriterion):
+            return
+        if self.unit != ("block",):
+            raise RecipeError(
+                f"{criterion.name} says what whole blocks are worth and nothing of what is in them, so it cannot choose "
+                f"{','.join(self.unit)}; give --unit block, or another --criterion"
+            )
+        if criterion.of_runs and self.allocation == "global":
+            raise RecipeError(
+                f"{criterion.name} takes one run of blocks and ranks no single ones; leave --allocation global out, or use "
+                "--criterion influence"
+            )
+
+    @property
+    def names_no_blocks(self) -> bool:
+        """Whether it is left to the criterion which blocks may leave."""
+        return self.blocks is None and self.allocation != "two-tier"
 
     @property
     def cut_kinds(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from secateur.criteria.units import unit_scores
 from secateur.errors import RecipeError
 from secateur.finite import all_finite
 from secateur.recipe import Recipe
-from secateur.statistics import BlockStatistics
+from secateur.statistics import BLOCK, BlockStatistics
 from secateur.structure import UnitGroup
 
 WEIGHTS = "weights."
@@ -69,7 +69,7 @@ class BlockScorer:
             unit_key(group): _of_group(group, contributions, self._criterion, self._recipe.reduce) for group in groups
         }
         if "block" in self._recipe.cut_kinds:
-            scores["block"] = _of_block(contributions, self._criterion)
+            scores["block"] = self._criterion.block_score(self._statistics.get(BLOCK, {}), contributions)
         return {name: self._checked(name, score.cpu()) for name, score in scores.items()}
 
     def everything(self, groups: Sequence[UnitGroup]) -> dict[str, torch.Tensor]:
@@ -128,9 +128,3 @@ def _of_group(
             f"the '{group.kind}' units in {group.module} hold no matrix, so there is nothing to score them by"
         )
     return unit_scores(group, contributions, criterion, reduce)
-
-
-def _of_block(contributions: Mapping[str, torch.Tensor], criterion: Criterion) -> torch.Tensor:
-    """A block is worth what its matrices contribute, ``()`` float64."""
-    rows = [criterion.channel_score(part.flatten(1), 0).sum() for part in contributions.values()]
-    return torch.stack(rows).sum()

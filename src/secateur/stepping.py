@@ -138,7 +138,7 @@ def _by_pool(chosen: dict[int, Removals]) -> dict[Key, list[int]]:
 
 def _recipe_of_round(recipe: Recipe, allowed: list[int], last: bool) -> Recipe:
     """What one round has to know: how much leaves is given to it, and the ends of two tiers are left out."""
-    blocks = f"{allowed[0]}:{allowed[-1] + 1}"
+    blocks = None if recipe.names_no_blocks else f"{allowed[0]}:{allowed[-1] + 1}"
     changes = {
         "steps": 1,
         "allocation": "global" if recipe.allocation == "global" else "uniform",

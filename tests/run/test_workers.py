@@ -24,6 +24,8 @@ RECIPES = {
     "wanda-2:4": ["--criterion", "wanda", "--unit", "2:4"],
     "magnitude-global": ["--criterion", "magnitude", "--unit", "weight", "--within", "global", "--ratio", "0.4"],
     "fms-forward": ["--criterion", "fms", "--unit", "channel", "--ratio", "0.3", "--queries", "2"],
+    "influence": ["--criterion", "influence", "--unit", "block", "--ratio", "0.4"],
+    "angular": ["--criterion", "angular", "--unit", "block", "--ratio", "0.4"],
     "steps": ["--criterion", "taylor", "--unit", "channel", "--ratio", "0.4", "--steps", "2"],
 }
 

@@ -15,7 +15,7 @@ class Ranking:
     (The published code compares them raw, methods §14.3.)
 
     Args:
-        scores: ``(U,)`` a pool.
+        scores: ``(U,)`` a pool; a unit with an infinite one stays.
         sizes: how many parameters each unit of a pool holds, ``(U,)``.
 
     Attributes:
@@ -30,9 +30,11 @@ class Ranking:
         size = [sizes[pool.key][units] for pool, units in zip(pools, may, strict=True)]
         score = [scores[pool.key].double()[units] / s for pool, units, s in zip(pools, may, size, strict=True)]
         owner = [torch.full((len(units),), number) for number, units in enumerate(may)]
-        order = torch.sort(torch.cat(score), stable=True).indices
+        worth = torch.cat(score)
+        order = torch.sort(worth, stable=True).indices
+        order = order[worth[order] < torch.inf]
         self._entries = [torch.cat(part)[order].tolist() for part in (owner, may, size)]
-        self.total = int(sum(self._entries[2]))
+        self.total = int(torch.cat(size).sum())
 
     def take(self, budget: int) -> Chosen:
         """The units that leave, lowest first, as long as the parameters gone stay within ``budget``.

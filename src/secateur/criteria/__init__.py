@@ -1,8 +1,10 @@
-"""What each weight is worth: one small file a criterion, listed here and nowhere else."""
+"""What each weight, or each whole block, is worth: one small file a criterion, listed here and nowhere else."""
 
-from secateur.criteria.base import Criterion
+from secateur.criteria.angular import Angular
+from secateur.criteria.base import BlockCriterion, Criterion
 from secateur.criteria.fms import FMS
 from secateur.criteria.gblm import GBLM
+from secateur.criteria.influence import Influence
 from secateur.criteria.magnitude import Magnitude
 from secateur.criteria.random import Random
 from secateur.criteria.sparsegpt import SparseGPT
@@ -10,7 +12,9 @@ from secateur.criteria.taylor import Taylor
 from secateur.criteria.wanda import Wanda
 from secateur.options import parse_named
 
-CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor, FMS, SparseGPT)}
+CRITERIA: dict[str, type[Criterion]] = {
+    c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor, FMS, SparseGPT, Influence, Angular)
+}
 
 
 def criterion_from(text: str) -> Criterion:
@@ -22,4 +26,4 @@ def criterion_from(text: str) -> Criterion:
     return parse_named(text, CRITERIA)
 
 
-__all__ = ["CRITERIA", "Criterion", "criterion_from"]
+__all__ = ["CRITERIA", "BlockCriterion", "Criterion", "criterion_from"]

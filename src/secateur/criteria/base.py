@@ -36,6 +36,7 @@ class Criterion(Named, ABC):
 
     Attributes:
         propagation: the default of ``--propagate``, as the method was published.
+        keeps_last: whether the last block stays, unless ``--blocks`` names it.
         gradient: the default of ``--gradient``, as the method was published; means nothing where none are needed.
         within: the default of ``--within``, as the method was published.
         removal: the default of ``--removal``, as the method was published.
@@ -48,6 +49,7 @@ class Criterion(Named, ABC):
     within: ClassVar[Within] = "row"
     removal: ClassVar[str] = "mask"
     adaptive: ClassVar[bool] = False
+    keeps_last: ClassVar[bool] = False
 
     def needs(self) -> frozenset[type[Statistic]]:
         """The statistics that ``score_OI`` reads; the sweep gathers exactly these."""
@@ -69,5 +71,43 @@ class Criterion(Named, ABC):
         others = [other for other in range(contribution.dim()) if other != dim]
         return contribution.sum(dim=others, dtype=torch.float64)
 
+    def block_score(
+        self, gathered: Mapping[type[Statistic], Statistic], contributions: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """What has to be known of one block to choose among whole blocks: what its matrices contribute, ``()`` float64.
 
-__all__ = ["Criterion", "Matrix", "Options", "Propagation", "Within"]
+        Args:
+            gathered: the statistics of the block itself.
+            contributions: ``score_OI`` by parameter name.
+        """
+        rows = [self.channel_score(part.flatten(1), 0).sum() for part in contributions.values()]
+        return torch.stack(rows).sum()
+
+    def over_blocks(self, known: Mapping[int, torch.Tensor], count: int) -> torch.Tensor:
+        """The score of each of ``count`` blocks, ``(U,)`` float64, from their ``block_score``; those not known have 0.
+
+        A criterion of runs gives ``(U, U)``: the score of all blocks from the first index through the second.
+        """
+        score_U = torch.zeros(count, dtype=torch.float64)
+        for block, score in known.items():
+            score_U[block] = score
+        return score_U
+
+
+class BlockCriterion(Criterion):
+    """A criterion of whole blocks: single weights and the units inside a block have no score.
+
+    The last block stays by default (methods §9.2): what leaves it goes to the head as it is.
+
+    Attributes:
+        of_runs: whether consecutive blocks are scored together, and leave as one run.
+    """
+
+    keeps_last = True
+    of_runs: ClassVar[bool] = False
+
+    def score_OI(self, matrix: Matrix) -> torch.Tensor:
+        raise TypeError(f"{self.name} scores whole blocks, not {matrix.name}")
+
+
+__all__ = ["BlockCriterion", "Criterion", "Matrix", "Options", "Propagation", "Within"]

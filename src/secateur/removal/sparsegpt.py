@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.errors import RecipeError
 from secateur.removal.amount import Amount, block_counts, row_counts
 from secateur.removal.curvature import DAMPENING, Factor, factor
 from secateur.removal.quantise import Quantiser

@@ -111,6 +111,52 @@ class InputStatistic(Statistic):
         self.fold(self.term(x_TI))
 
 
+class BlockStatistic(Statistic):
+    """Measured on the residual stream around one block; it belongs to the block, not to a matrix.
+
+    The row of every window is kept, so that several workers' stand in the order of the windows and give the bits of one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[torch.Tensor] = []
+
+    @abstractmethod
+    def row(self, x_TD: torch.Tensor, out_TD: torch.Tensor) -> torch.Tensor:
+        """What one window gives: of the hidden states ``(tokens, D)`` that enter the block and of those that leave it."""
+
+    def update(self, x_TD: torch.Tensor, out_TD: torch.Tensor) -> None:
+        """Take in one window."""
+        self.rows.append(self.row(x_TD, out_TD).cpu())
+        self.windows += 1
+
+    def each(self) -> torch.Tensor:
+        """The rows of all windows, ``(N, ...)``.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.rows:
+            raise ValueError(f"{self.name} has seen no window")
+        return torch.stack(self.rows)
+
+    def join(self, workers: Workers, windows: int) -> None:
+        self.rows = [row for part in workers.all(self.each()) for row in part]
+        self.windows = windows
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"rows": self.each(), "windows": torch.tensor(self.windows)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, torch.Tensor]) -> Self:
+        statistic = cls()
+        statistic.rows, statistic.windows = list(state["rows"]), int(state["windows"])
+        return statistic
+
+    def mean(self) -> torch.Tensor:
+        return self.each().mean(dim=0)
+
+
 class GradientStatistic(Statistic):
     """Measured on a window's gradient with respect to a matrix: of its mean next-token cross-entropy, or what stands for it.
 

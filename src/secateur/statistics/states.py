@@ -9,7 +9,10 @@ import torch
 from secateur.statistics.base import Statistic
 
 BlockStatistics = dict[str, dict[type[Statistic], Statistic]]
-"""For each matrix of a block, the statistics gathered on it."""
+"""For each matrix of a block, and under ``BLOCK`` for the block itself, the statistics gathered on it."""
+
+BLOCK = ""
+"""The block itself among its parts: the name that it has among its own modules, and no matrix has."""
 
 
 def as_states(statistics: BlockStatistics) -> dict[str, torch.Tensor]:

@@ -22,6 +22,8 @@ from secateur.errors import ModelError
 from secateur.files import full_disk_is_an_error
 from secateur.finite import all_finite
 from secateur.statistics import (
+    BLOCK,
+    BlockStatistic,
     BlockStatistics,
     GradientSource,
     GradientStatistic,
@@ -198,7 +200,7 @@ class ForwardWalk(Walk):
         advance: Advance,
     ) -> None:
         matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
-        statistics = self.fresh(matrices, needs)
+        statistics = self.fresh(matrices, needs) if index in blocks else {}
         last = index == blocks.stop - 1
         again = pruned and index in blocks and not last
         taps = InputTaps(matrices, of_kind(statistics, InputStatistic))
@@ -207,7 +209,7 @@ class ForwardWalk(Walk):
             run = partial(calls.run, block, index, batch)
             with taps.watching(block, len(x_BTD)):
                 out_BTD = run_with_own_gradients(block, run, x_BTD, matrices, own) if own else run(x_BTD)
-            finite(out_BTD, index)
+            _feed_block(statistics, x_BTD, finite(out_BTD, index))
             if not last and not again:
                 store.put((index + 1, batch), out_BTD)
             advance.within(self.seen(batch), self.seen(-1) * (1 + again))
@@ -226,8 +228,19 @@ class ForwardWalk(Walk):
 
 
 def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
-    """Statistics that have seen nothing."""
-    return {name: {kind: kind() for kind in needs} for name in matrices}
+    """Statistics that have seen nothing: of each matrix, and of the block itself."""
+    of_block = {kind for kind in needs if issubclass(kind, BlockStatistic)}
+    statistics: BlockStatistics = {name: {kind: kind() for kind in needs - of_block} for name in matrices}
+    if of_block:
+        statistics[BLOCK] = {kind: kind() for kind in of_block}
+    return statistics
+
+
+def _feed_block(statistics: BlockStatistics, x_BTD: torch.Tensor, out_BTD: torch.Tensor) -> None:
+    """Tell the block's own statistics what entered it and what left it, window by window."""
+    for statistic in of_kind(statistics, BlockStatistic).get(BLOCK, []):
+        for x_TD, out_TD in zip(x_BTD, out_BTD, strict=True):
+            statistic.update(x_TD, out_TD)
 
 
 def of_kind(statistics: BlockStatistics, base: type) -> dict[str, list]:
