@@ -54,19 +54,12 @@ def weights_of(folder):
 
 
 def matrices_of(folder):
-    """Names in the file of every matrix that may be masked, with its zeros."""
+    """Every matrix that may be masked, ``(O, I)``, by its full name."""
     checkpoint = open_checkpoint(str(folder))
-    skeleton, weights = checkpoint.skeleton, weights_of(folder)
-    found = {}
+    skeleton, found = checkpoint.skeleton, {}
     for index in range(len(skeleton.blocks)):
-        block = {
-            n: weights[skeleton.block_prefix(index) + n]
-            for n in skeleton.block_names(index)
-            if skeleton.block_prefix(index) + n in weights
-        }
-        for name, matrix in skeleton.prunable(index).items():
-            if matrix.parameter in block:
-                found[skeleton.block_prefix(index) + name] = matrix.of(block)
+        tensors = checkpoint.block_tensors(index)
+        found |= {skeleton.block_prefix(index) + n: m.of(tensors).clone() for n, m in skeleton.prunable(index).items()}
     return found
 
 
