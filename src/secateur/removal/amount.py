@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -68,4 +69,4 @@ def block_counts(amount: Amount, inputs: int, outputs: int, block_size: int) -> 
         raise ValueError(f"{amount.leaving} weights cannot leave a matrix of {outputs} x {inputs}")
     ends = [min(start + block_size, inputs) for start in range(0, inputs, block_size)]
     gone = [0, *(amount.leaving * end // inputs for end in ends)]
-    return [after - before for before, after in zip(gone, gone[1:], strict=False)]
+    return [after - before for before, after in pairwise(gone)]
