@@ -20,7 +20,11 @@ CHUNK = 1 << 22
 
 def row_mask(score_OI: torch.Tensor, ratio: float) -> torch.Tensor:
     """In every row the ``int(I * ratio)`` lowest leave (Wanda's comparison group)."""
-    leaving = int(score_OI.shape[1] * ratio)
+    return rows_without_lowest(score_OI, int(score_OI.shape[1] * ratio))
+
+
+def rows_without_lowest(score_OI: torch.Tensor, leaving: int) -> torch.Tensor:
+    """In every row the ``leaving`` lowest leave."""
     return _by_rows(score_OI, lambda score_RI: _without_lowest(score_RI, leaving))
 
 
