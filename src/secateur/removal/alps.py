@@ -54,6 +54,9 @@ def alps(
 ) -> Updated:
     """Choose what leaves and fit what stays, for the least change of the outputs.
 
+    The support that it starts from, the largest weights times their inputs' norms, is fitted too and taken where it does
+    better: with inputs that are hardly related the pulling can only lose.
+
     Under "row" and "layer" counts are exact in every row and in the matrix; "block" counts are those of 128 columns. The
     columns of dead inputs become zero and leave first, as in ``sparsegpt``; where nothing is to leave, nothing changes.
 
@@ -79,13 +82,16 @@ def alps(
     scaled_II /= scale_I[:, None]
     dense_OI = (weight_OI.float() * scale_I).masked_fill_(hessian_II.diagonal() == 0, 0)
 
+    def fitted(start_OI: torch.Tensor, mask_OI: torch.Tensor) -> Updated:
+        fitted_OI = conjugate_gradient_on_support(start_OI, pull.rhs_OI, scaled_II, mask_OI, options.fit_steps)
+        change_OI = fitted_OI - dense_OI
+        loss = float(((change_OI @ scaled_II) * change_OI).sum(dtype=torch.float64)) / 2
+        return Updated(fitted_OI / scale_I, mask_OI, loss, cholesky.dampening)
+
     pull = _Pull(dense_OI, scaled_II, amount, name)
+    first = fitted(dense_OI, pull.mask_OI)
     pull.run(options)
-    mask_OI = pull.mask_OI
-    fitted_OI = conjugate_gradient_on_support(pull.dense_OI, pull.rhs_OI, scaled_II, mask_OI, options.fit_steps)
-    change_OI = fitted_OI - dense_OI
-    loss = float(((change_OI @ scaled_II) * change_OI).sum(dtype=torch.float64)) / 2
-    return Updated(fitted_OI / scale_I, mask_OI, loss, cholesky.dampening)
+    return min(first, fitted(pull.dense_OI, pull.mask_OI), key=lambda updated: updated.loss)
 
 
 class _Pull:
