@@ -37,6 +37,7 @@ class AlpsOptions:
 
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
 """Where more than this part of the support changed, the penalty grows by that factor."""
+LEAST_RHO = 1e-3
 SETTLED = 3e-4
 SETTLED_AFTER = 30
 """After so many iterations a support that changes by less than ``SETTLED`` stands still enough."""
@@ -52,6 +53,9 @@ def alps(
     name: str = "the matrix",
 ) -> Updated:
     """Choose what leaves and fit what stays, for the least change of the outputs.
+
+    The support that it starts from, the largest weights times their inputs' norms, is fitted too and taken where it does
+    better: with inputs that are hardly related the pulling can only lose.
 
     Under "row" and "layer" counts are exact in every row and in the matrix; "block" counts are those of 128 columns. The
     columns of dead inputs become zero and leave first, as in ``sparsegpt``; where nothing is to leave, nothing changes.
@@ -78,13 +82,16 @@ def alps(
     scaled_II /= scale_I[:, None]
     dense_OI = (weight_OI.float() * scale_I).masked_fill_(hessian_II.diagonal() == 0, 0)
 
+    def fitted(start_OI: torch.Tensor, mask_OI: torch.Tensor) -> Updated:
+        fitted_OI = conjugate_gradient_on_support(start_OI, pull.rhs_OI, scaled_II, mask_OI, options.fit_steps)
+        change_OI = fitted_OI - dense_OI
+        loss = float(((change_OI @ scaled_II) * change_OI).sum(dtype=torch.float64)) / 2
+        return Updated(fitted_OI / scale_I, mask_OI, loss, cholesky.dampening)
+
     pull = _Pull(dense_OI, scaled_II, amount, name)
+    first = fitted(dense_OI, pull.mask_OI)
     pull.run(options)
-    mask_OI = pull.mask_OI
-    fitted_OI = conjugate_gradient_on_support(pull.dense_OI, pull.rhs_OI, scaled_II, mask_OI, options.fit_steps)
-    change_OI = fitted_OI - dense_OI
-    loss = float(((change_OI @ scaled_II) * change_OI).sum(dtype=torch.float64)) / 2
-    return Updated(fitted_OI / scale_I, mask_OI, loss, cholesky.dampening)
+    return min(first, fitted(pull.dense_OI, pull.mask_OI), key=lambda updated: updated.loss)
 
 
 class _Pull:
@@ -95,20 +102,15 @@ class _Pull:
         self.rhs_OI = weight_OI @ hessian_II
         values_I, self.vectors_II = torch.linalg.eigh(hessian_II)
         self.values_I = values_I.clamp(min=0)  # rounding can take the least ones below zero
-        self.weight_OI = self.dense_OI = weight_OI
+        self.dense_OI = weight_OI
         self.mask_OI = lowest_mask(weight_OI.square(), amount, name)
-        self._start()
-
-    def _start(self) -> None:
-        self.first_OI = self.mask_OI
-        self.sparse_OI = self.weight_OI.masked_fill(~self.mask_OI, 0)
-        self.dual_OI = torch.zeros_like(self.weight_OI)
+        self.sparse_OI = weight_OI.masked_fill(~self.mask_OI, 0)
+        self.dual_OI = torch.zeros_like(weight_OI)
 
     def run(self, options: AlpsOptions) -> None:
         """Iterate until the support stands still.
 
-        A penalty under which the support does not move from magnitude's holds it too hard: a fifth of it is tried
-        from the start again.
+        A penalty under which the first support never moves holds it too hard and is lowered, down to ``LEAST_RHO``.
         """
         rho, moved, before_OI = options.rho, False, self.mask_OI
         inverse_II = self._inverse(rho)
@@ -118,7 +120,8 @@ class _Pull:
                 continue
             changed = int((self.mask_OI != before_OI).sum()) / max(1, int(self.mask_OI.sum()))
             before_OI = self.mask_OI
-            if moved and (changed == 0 or (step > SETTLED_AFTER and changed < SETTLED)):
+            stands = changed == 0 or (step > SETTLED_AFTER and changed < SETTLED)
+            if stands and (moved or rho < LEAST_RHO):
                 return
             if changed:
                 moved = True
