@@ -60,7 +60,7 @@ def _fill(
     while free:
         missing = wanted - math.fsum(size * ratio for size, ratio in zip(size_L, ratio_L, strict=True))
         held = math.fsum(size_L[index] * wish_L[index] for index in free)
-        if missing <= 0 or not held:
+        if missing <= wanted * 1e-14 or not held:  # what is less is rounding
             return
         full = [index for index in free if missing / held * wish_L[index] >= most_L[index]]
         for index in full or free:
