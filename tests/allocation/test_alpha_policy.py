@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -79,7 +80,7 @@ def test_the_mean_is_met_and_nothing_is_emptied(figures, ratio, spread, by, name
 def test_a_lighter_tail_never_gives_less(alphas, ratio):
     shares = policy(spread=0.5).shares([{"q": alpha} for alpha in alphas], [{"q": 10}] * len(alphas), ratio)
     given_by_tail = [share["q"] for _, share in sorted(zip(alphas, shares, strict=True), key=lambda pair: pair[0])]
-    assert all(a <= b + 1e-12 for a, b in zip(given_by_tail, given_by_tail[1:], strict=False))
+    assert all(a <= b + 1e-12 for a, b in itertools.pairwise(given_by_tail))
 
 
 def test_equal_figures_none_and_no_spread_are_uniform():

@@ -80,7 +80,7 @@ def test_what_wishes_for_nothing_gives_only_when_the_rest_is_full():
 def test_more_than_there_is_is_refused():
     with pytest.raises(RecipeError, match=r"0\.9 is more than .* 0\.7"):
         balance([1, 1], [1, 1], 0.9, [0.5, 0.9])
-    with pytest.raises(RecipeError, match="7 units are more than .* 6"):
+    with pytest.raises(RecipeError, match=r"7 units are more than .* 6"):
         apportion([1, 1], [3, 3], 7)
     with pytest.raises(RecipeError, match="give a smaller --ratio"):
         apportion_steps([1, 1], [3, 3], 4, 0.9)

