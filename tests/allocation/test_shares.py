@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from secateur.allocation.shares import apportion, apportion_steps, balance
 from secateur.errors import RecipeError
 
-wishes = st.one_of(st.just(0.0), st.just(1.0), st.floats(-1, 2), st.floats(1e-9, 1e9))
+wishes = st.one_of(st.just(0.0), st.just(1.0), st.floats(-1, -1e-9), st.floats(1e-9, 1e9))
 
 
 @st.composite
@@ -21,7 +21,7 @@ def parts(draw):
     count = draw(st.integers(1, 12))
     wish = draw(st.lists(wishes, min_size=count, max_size=count))
     size = draw(st.lists(st.integers(1, 10**9), min_size=count, max_size=count))
-    most = draw(st.lists(st.floats(0, 0.999), min_size=count, max_size=count))
+    most = draw(st.lists(st.just(0.0) | st.floats(1e-6, 0.999), min_size=count, max_size=count))
     return wish, size, most
 
 

@@ -59,12 +59,14 @@ def _fill(
     """Raise the ratios of ``free`` in proportion to their wishes until all parts give ``wanted``, or each its most."""
     while free:
         missing = wanted - math.fsum(size * ratio for size, ratio in zip(size_L, ratio_L, strict=True))
-        held = math.fsum(size_L[index] * wish_L[index] for index in free)
-        if missing <= 0 or not held:
+        largest = max(wish_L[index] for index in free)
+        part = {index: wish_L[index] / largest for index in free}  # however small the wishes are
+        held = math.fsum(size_L[index] * part[index] for index in free)
+        if missing <= wanted * 1e-14 or not held:  # what is less is rounding
             return
-        full = [index for index in free if missing / held * wish_L[index] >= most_L[index]]
+        full = {index for index in free if missing / held * part[index] >= most_L[index]}
         for index in full or free:
-            ratio_L[index] = most_L[index] if full else missing / held * wish_L[index]
+            ratio_L[index] = most_L[index] if full else missing / held * part[index]
         free = [index for index in free if index not in full] if full else []
 
 
