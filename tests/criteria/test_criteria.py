@@ -135,7 +135,9 @@ def test_random_depends_on_seed_and_name_alone():
 
 
 def test_a_criterion_gathers_exactly_what_it_reads():
-    for name in CRITERIA:
+    for name, kind in CRITERIA.items():
+        if issubclass(kind, BlockCriterion):
+            continue
         criterion = criterion_from(name)
         if isinstance(criterion, BlockCriterion):
             continue  # has no score of single weights
@@ -146,6 +148,19 @@ def test_a_criterion_gathers_exactly_what_it_reads():
             fewer = {kind: s for kind, s in only.items() if kind is not missing}
             with pytest.raises(KeyError):
                 criterion.score_OI(Matrix("m", m.weight_OI, fewer))
+
+
+@pytest.mark.parametrize("name", [name for name, kind in CRITERIA.items() if issubclass(kind, BlockCriterion)])
+def test_a_criterion_of_blocks_reads_what_it_gathers_and_scores_nothing_smaller(name):
+    criterion = criterion_from(name)
+    gathered = {kind: kind() for kind in criterion.needs()}
+    for statistic in gathered.values():
+        statistic.update(torch.ones(3, 4), torch.eye(3, 4))
+    assert criterion.block_score(gathered, {}).isfinite().all()
+    with pytest.raises(KeyError):
+        criterion.block_score({}, {})
+    with pytest.raises(TypeError, match="scores whole blocks"):
+        criterion.weight_score_OI(matrix())
 
 
 @pytest.mark.parametrize(
