@@ -20,7 +20,7 @@ FLAGS: dict[str, Any] = {
     "criterion": Annotated[
         str | None,
         typer.Option(
-            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt; or what a whole block is "
+            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt, ria, wanda++; or what a whole block is "
             "(--unit block): influence, angular. Options ride on the name: "
             "`gblm:norm=l2,alpha=100`, `taylor:order=mixed`. [default: taylor]",
             show_default=False,
@@ -62,7 +62,8 @@ FLAGS: dict[str, Any] = {
     "within": Annotated[
         str | None,
         typer.Option(
-            help="Where single weights compete: row, block (128 inputs of all rows), layer (one matrix) or global. "
+            help="Where single weights compete: row, share (a matrix, every row up to the same share of its scores), block (128 inputs of "
+            "all rows), layer (one matrix) or global. "
             "[default: as published; row, block for sparsegpt]",
             show_default=False,
         ),

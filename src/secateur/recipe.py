@@ -55,7 +55,7 @@ class Recipe(BaseModel):
         target: instead of a ratio, what remains of the whole model (``params=110M``, ``bytes=200MiB``) or how it changes
             (``params=-20%``, ``macs=-20%``).
         round_to: channels and hidden channels kept are rounded up to a multiple of this; the few heads are not.
-        within: where single weights compete: a ``row``, a ``block`` of 128 inputs over all rows, a ``layer`` (one matrix),
+        within: where single weights compete: a ``row``, a ``share`` (each row up to the same share of its scores), a ``block`` of 128 inputs over all rows, a ``layer`` (one matrix),
             or the whole model (``global``); by default as the criterion was published.
         removal: how what was chosen leaves: ``mask`` (zeroed), or ``name:option=value,...`` of one that refines the mask or
             gives the weights that stay new numbers; by default as the criterion was published.

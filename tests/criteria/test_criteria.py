@@ -195,3 +195,25 @@ def test_exact_counts_per_row():
             mask = row_mask(scores, ratio)
             assert ((~mask).sum(1) == int(width * ratio)).all()
             assert torch.equal(~mask, lowest_of_rows(ratio)(scores))
+
+
+def test_ria_is_a_weights_part_of_its_row_and_of_its_column():
+    m = matrix()
+    weight, norm = m.weight_OI.abs(), m.statistics[InputNorm].norm_I()
+    expected = torch.empty_like(weight)
+    for i in range(weight.shape[0]):
+        for j in range(weight.shape[1]):
+            part = weight[i, j] / weight[:, j].sum() + weight[i, j] / weight[i].sum()
+            expected[i, j] = part * norm[j] ** 0.5
+    torch.testing.assert_close(score("ria", m), expected)
+    zeros = Matrix("m", torch.zeros(6, 10), m.statistics)
+    assert torch.equal(score("ria", zeros), torch.zeros(6, 10)), "rows and columns of zeros are worth nothing"
+
+
+def test_wanda_plus_plus_joins_the_root_mean_square_gradient():
+    m = matrix()
+    square = m.statistics[GradientSquare].mean()
+    expected = m.weight_OI.abs() * (100 * square.sqrt() + m.statistics[InputNorm].norm_I())
+    torch.testing.assert_close(score("wanda++", m), expected)
+    assert torch.equal(score("wanda++:alpha=0", m), score("wanda", m))
+    assert criterion_from("wanda++").gradient == "block"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_more_fitting_never_loses():
         alps(weight_OI, hessian_II, Amount(500, "layer"), options=AlpsOptions(fit_steps=steps)).loss
         for steps in (0, 1, 2, 5, 10, 40)
     ]
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(losses, losses[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(losses))
     assert losses[-1] < losses[0]
 
 
@@ -115,5 +115,5 @@ def test_unrelated_inputs_give_magnitude_and_dead_ones_leave_first():
 
 def test_a_width_that_m_does_not_divide_is_refused_by_name():
     weight_OI, hessian_II = problem(2, 6)
-    with pytest.raises(RecipeError, match="2:4 needs widths that 4 divides, but 'model.q' has 6 inputs"):
+    with pytest.raises(RecipeError, match=r"2:4 needs widths that 4 divides, but 'model\.q' has 6 inputs"):
         alps(weight_OI, hessian_II, Amount(0, "row", 2, 4), name="model.q")

@@ -65,5 +65,5 @@ def test_what_cannot_be_is_refused():
     ):
         with pytest.raises(ValueError, match=r"lose this much|cannot leave"):
             call()
-    with pytest.raises(RecipeError, match="2:4 needs widths that 4 divides, but 'model.q' has 6 inputs"):
+    with pytest.raises(RecipeError, match=r"2:4 needs widths that 4 divides, but 'model\.q' has 6 inputs"):
         lowest_mask(torch.zeros(2, 6), Amount(0, "row", 2, 4), "model.q")

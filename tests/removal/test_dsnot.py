@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,7 +130,7 @@ def test_the_error_falls_and_keeps_its_sign(seed):
     assert float(after_O.abs().mean()) < 0.3 * float(before_O.abs().mean())
     for row in range(40):
         errors = plain_row(mask_OI[row], weight_OI[row], mean_I, variance_I, norm_I, SwapOptions())[1]
-        assert all(abs(after) < abs(before) for before, after in zip(errors, errors[1:], strict=False))
+        assert all(abs(after) < abs(before) for before, after in pairwise(errors))
 
 
 def test_rows_within_the_threshold_and_no_cycles_are_left_alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,7 +117,7 @@ def test_every_step_of_conjugate_gradients_descends_and_many_arrive(tokens):
         assert (found_OI[~mask_OI] == 0).all()
         costs.append(cost(found_OI, weight_OI, hessian_II))
     assert costs[0] == cost(weight_OI * mask_OI, weight_OI, hessian_II)
-    assert all(after <= before * (1 + 1e-5) for before, after in zip(costs, costs[1:], strict=False))
+    assert all(after <= before * (1 + 1e-5) for before, after in pairwise(costs))
     assert costs[10] < 0.95 * costs[0]
     best = cost(refit_on_support(weight_OI, hessian_II, mask_OI), weight_OI, hessian_II)
     assert best <= costs[-1] * (1 + 1e-5)

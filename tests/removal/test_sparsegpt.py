@@ -103,7 +103,7 @@ def test_n_of_m_is_chosen_group_by_group_on_updated_weights(keep, group, block_s
 
 def test_a_width_that_m_does_not_divide_is_refused_by_name():
     weight_OI, hessian_II = problem(2, 6)
-    with pytest.raises(RecipeError, match="2:4 needs widths that 4 divides, but 'model.q' has 6 inputs"):
+    with pytest.raises(RecipeError, match=r"2:4 needs widths that 4 divides, but 'model\.q' has 6 inputs"):
         sparsegpt(weight_OI, hessian_II, Amount(0, "row", 2, 4), name="model.q")
 
 

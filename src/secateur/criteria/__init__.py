@@ -7,13 +7,28 @@ from secateur.criteria.gblm import GBLM
 from secateur.criteria.influence import Influence
 from secateur.criteria.magnitude import Magnitude
 from secateur.criteria.random import Random
+from secateur.criteria.ria import RIA
 from secateur.criteria.sparsegpt import SparseGPT
 from secateur.criteria.taylor import Taylor
 from secateur.criteria.wanda import Wanda
+from secateur.criteria.wanda_plus_plus import WandaPlusPlus
 from secateur.options import parse_named
 
 CRITERIA: dict[str, type[Criterion]] = {
-    c.name: c for c in (Random, Magnitude, Wanda, GBLM, Taylor, FMS, SparseGPT, Influence, Angular)
+    criterion.name: criterion
+    for criterion in (
+        Random,
+        Magnitude,
+        Wanda,
+        GBLM,
+        Taylor,
+        FMS,
+        SparseGPT,
+        RIA,
+        WandaPlusPlus,
+        Influence,
+        Angular,
+    )
 }
 
 

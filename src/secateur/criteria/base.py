@@ -13,8 +13,9 @@ from secateur.options import Named, Options
 from secateur.statistics import GradientSource, Statistic
 
 Propagation = Literal["dense", "pruned"]
-Within = Literal["row", "block", "layer", "global"]
-"""Where single weights compete: a row; a run of consecutive inputs over all rows; a matrix; the model."""
+Within = Literal["row", "share", "block", "layer", "global"]
+"""Where single weights compete: a row; a matrix, by the share of its row's scores gone with a weight; a run of consecutive
+inputs over all rows; a matrix; the model."""
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,14 @@ class Amount:
     Attributes:
         leaving: weights of the whole matrix that leave; not read under a pattern.
         within: weights compete inside their row, inside a block of consecutive columns over all rows, or in the whole
-            matrix; not read under a pattern.
+            matrix, there by their scores or (``share``) by the part of its row's scores that would be gone with them; not
+            read under a pattern.
         keep: under a pattern, how many of every ``group`` consecutive inputs of a row stay.
         group: 0 says that there is no pattern.
     """
 
     leaving: int
-    within: Literal["row", "block", "layer"]
+    within: Literal["row", "share", "block", "layer"]
     keep: int = 0
     group: int = 0
 

@@ -65,7 +65,7 @@ def threshold_mask(score_OI: torch.Tensor, threshold: float, ties: int) -> tuple
         the mask, and how many ties are left for the matrices that follow.
     """
     keep_OI = torch.empty_like(score_OI, dtype=torch.bool)
-    for rows in _row_chunks(score_OI):
+    for rows in row_chunks(score_OI):
         keep_RI = torch.ge(score_OI[rows], threshold, out=keep_OI[rows])
         if ties:
             equal = torch.nonzero((score_OI[rows] == threshold).reshape(-1)).reshape(-1)[:ties]
@@ -107,12 +107,12 @@ def _count(keep_RI: torch.Tensor) -> torch.Tensor:
 def _by_rows(score_OI: torch.Tensor, mask: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The mask of a matrix, some rows at a time."""
     keep_OI = torch.empty_like(score_OI, dtype=torch.bool)
-    for rows in _row_chunks(score_OI):
+    for rows in row_chunks(score_OI):
         keep_OI[rows] = mask(score_OI[rows])
     return keep_OI
 
 
-def _row_chunks(score_OI: torch.Tensor) -> Iterator[slice]:
+def row_chunks(score_OI: torch.Tensor) -> Iterator[slice]:
     """Rows of about ``CHUNK`` scores, at least one."""
     step = max(1, CHUNK // max(1, score_OI.shape[1]))
     return (slice(start, start + step) for start in range(0, len(score_OI), step))

@@ -51,7 +51,7 @@ def sparsegpt(
 
     A weight's score is ``w^2 / upper_jj^2``. Without a mask it is taken of the weights as updated so far: within a block
     over all rows of it, within a row for each row's part of a block, under N:M for each group when it is reached. Within
-    the layer it is taken once, of the original weights, as all columns have to be compared before the first is frozen.
+    the layer, or a row's share, it is taken once, of the original weights, as all columns have to be compared before the first is frozen.
     Counts are exact, unlike the published code's.
 
     The columns of dead inputs become zero, so they score lowest and leave first; where one is kept by the mask it is zero
@@ -102,7 +102,7 @@ class _Walk:
         self.diagonal_I1 = curvature.upper_II.diagonal()[:, None]
         self.amount, self.quantiser, self.name = amount, quantiser, name
         self.shape_OI = (weight_OI.shape[0], weight_OI.shape[1])
-        self.given = mask_OI is not None or (amount.within == "layer" and not amount.group)
+        self.given = mask_OI is not None or (amount.within in ("layer", "share") and not amount.group)
         self.by_group = not self.given and amount.group > 0
         if mask_OI is None and self.given:
             mask_OI = without_lowest(self._score_OC(slice(None)), amount.leaving)

@@ -34,6 +34,7 @@ def _whose(recipe: Recipe) -> str:
         return "of the weights of all matrices"
     within = {
         "row": "of every row",
+        "share": "of every matrix, its rows up to one share of their scores",
         "block": "of every 128 inputs of a matrix",
         "layer": "of every matrix",
         "global": "of the weights of all matrices",
