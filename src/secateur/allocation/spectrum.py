@@ -6,12 +6,17 @@ Eigenvalues are those of W^T W, the squared singular values of W, ``K`` of them 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 
 BINS = 100
 """Bins of the histogram whose fullest says where the tail may begin."""
+
+THREADS_FROM = 1024
+"""Width of a Gram matrix below which one thread finds its eigenvalues: several wait for each other longer than they work."""
 
 ROUNDING = 1e-5
 """A spectrum whose largest value is above its smallest by no more than this share is of equal values: float32 rounds so."""
@@ -27,9 +32,21 @@ def eigenvalues_K(weight_OI: torch.Tensor) -> torch.Tensor:
     """
     weight = weight_OI.double()
     gram = weight @ weight.T if weight.shape[0] <= weight.shape[1] else weight.T @ weight
-    value_K = torch.linalg.eigvalsh(gram).cpu()
+    with _one_thread() if len(gram) < THREADS_FROM else nullcontext():
+        value_K = torch.linalg.eigvalsh(gram).cpu()
     rounding = value_K[-1] * max(weight.shape) * torch.finfo(torch.float64).eps
     return value_K[value_K > rounding.clamp(min=0)]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """While the context lasts torch computes with one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def tail_exponent(value_K: torch.Tensor, estimator: Estimator = "peak") -> float | None:
