@@ -215,7 +215,7 @@ def test_a_dense_model_that_is_not_finite_is_refused(save, tmp_path):
 
 def test_what_cannot_be_measured_is_refused(save, tmp_path):
     checkpoint = open_checkpoint(str(save(tiny("llama"))))
-    with pytest.raises(CalibrationError, match="token id 11[0-9]"):
+    with pytest.raises(CalibrationError, match=r"token id 11[0-9]"):
         measure_variants(checkpoint, {}, TokenWindows(torch.arange(110, 120)[None], "some", ""), settings(tmp_path))
     encoder = open_checkpoint(str(save(tiny("bert"), "encoder")))
     with pytest.raises(ModelError, match="not a causal language model"):
