@@ -15,11 +15,11 @@ Shown = Callable[[float], str]
 
 COLUMNS: dict[str, tuple[str, Shown, Shown]] = {
     "perplexity": ("perplexity", "{:,.2f}".format, "{:,.2f}".format),
-    "kl": ("KL to dense", "{:.4f}".format, "{:.4f}".format),
-    "agreement": ("same token", "{:.1%}".format, "{:.1%}".format),
-    "parameters": ("parameters", human_count, human_count),
-    "nonzero_parameters": ("not zero", human_count, human_count),
-    "bytes": ("on disk", human_bytes, human_bytes),
+    "kl": ("KL to\ndense", "{:.4f}".format, "{:.4f}".format),
+    "agreement": ("same\ntoken", "{:.1%}".format, "{:.1%}".format),
+    "parameters": ("para-\nmeters", human_count, human_count),
+    "nonzero_parameters": ("not\nzero", human_count, human_count),
+    "bytes": ("on\ndisk", human_bytes, human_bytes),
     "seconds": ("time", human_seconds, human_seconds),
     "peak_memory": ("memory", human_bytes, human_bytes),
 }
@@ -28,14 +28,17 @@ COLUMNS: dict[str, tuple[str, Shown, Shown]] = {
 SPREAD = ("perplexity", "kl", "agreement")
 """Figures whose deviation over seeds is shown; of the others it is in JSON and CSV."""
 
+NAME_WIDTH = 12
+"""Characters that a recipe's name has at the least; it is broken where 80 columns do not hold it."""
+
 
 def comparison_table(comparison: Comparison) -> RenderableType:
     """The end of ``compare``."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     heads, *rows = _cells(comparison)
-    table.add_column(heads[0], overflow="fold")
+    table.add_column(heads[0], overflow="fold", min_width=NAME_WIDTH)
     for head in heads[1:]:
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right", overflow="fold")
     for cells in rows:
         table.add_row(*map(Text, cells))
     return Group(table, Text("\n".join(["", *_notes(comparison)])))
@@ -44,6 +47,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
 def comparison_markdown(comparison: Comparison) -> str:
     """The same as a Markdown table."""
     heads, *rows = _cells(comparison)
+    heads = [head.replace("-\n", "").replace("\n", " ") for head in heads]
     lines = [heads, ["---", *(["---:"] * (len(heads) - 1))], *rows]
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
     return f"{table}\n\n" + "".join(f"{note}\n\n" for note in _notes(comparison)).rstrip() + "\n"
