@@ -181,6 +181,12 @@ def test_one_that_fails_leaves_the_others_alone(command, planned, llama_folder, 
     assert "perplexity" in out
 
 
+def test_blocks_that_are_not_there_fail_by_themselves(run, planned):
+    comparison = run(["magnitude blocks=2:9", "magnitude"])
+    assert comparison.failed == ["magnitude blocks=2:9"]
+    assert "which has 0:3" in comparison.rows[1].failed
+
+
 def test_a_failed_recipe_may_be_mended_under_its_name(run, planned, tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("criterion: magnitude\nunit: 2:5\n")
