@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "apply", "evaluate", "load", "plan", "prune", "recover"]
+__all__ = ["__version__", "apply", "compare", "evaluate", "load", "plan", "prune", "recover"]
 
 if TYPE_CHECKING:
+    from secateur.comparison import Comparison
     from secateur.evaluation import Evaluation
     from secateur.plans import Plan
     from secateur.run import Result
@@ -112,6 +113,16 @@ def evaluate(models: str | Path | Sequence[str | Path], **options: Any) -> Evalu
 
     several = [models] if isinstance(models, str | Path) else models
     return evaluate_models([str(model) for model in several], **options)
+
+
+def compare(model: str | Path, recipes: Sequence[str | Path], out: str | Path, **options: Any) -> Comparison:
+    """Plan several recipes on the same windows and measure them side by side; see ``secateur.comparison.compare``.
+
+    A recipe that fails is one of ``Comparison.failed``, and its row says why.
+    """
+    from secateur.comparison import compare as compare_recipes
+
+    return compare_recipes(str(model), recipes, Path(out), **options)
 
 
 def load(folder: str | Path, **options: Any) -> Any:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from secateur.errors import SecateurError, Stopped
-from secateur.flags import RemoteOption, with_recipe
+from secateur.flags import RemoteOption, with_recipe, with_shared
 
 app = typer.Typer(
     name="secateur",
@@ -246,6 +246,57 @@ def evaluate(
     else:
         stdout.print(evaluation.table())
         stdout.print(evaluation.protocol, style="dim")
+
+
+@app.command()
+@with_shared
+def compare(
+    shared: dict[str, Any],
+    model: Annotated[str, typer.Argument(help="The model that every recipe prunes.", show_default=False)],
+    recipes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RECIPE...",
+            help="YAML files, or words in quotes: a criterion, then fields of a recipe. `--recipes wanda 'gblm unit=2:4' mine.yaml`",
+            show_default=False,
+        ),
+    ] = None,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", hidden=True)] = None,
+    out: Annotated[Path, typer.Option(help="The folder of the comparison.")] = Path("compared"),
+    text: Annotated[
+        str, typer.Option(help="What it is measured on, as for `evaluate`; not what it is calibrated on.")
+    ] = "python-docs",
+    max_windows: Annotated[int, typer.Option(help="Use at most this many windows of it, from the beginning.")] = 32,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in each of them. [default: 512]", show_default=False)
+    ] = None,
+    seeds: Annotated[
+        int, typer.Option(help="Plan every recipe with this many seeds, and show mean ± standard deviation.")
+    ] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start over in --out.")] = False,
+    trust_remote_code: RemoteOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Plan several recipes on the same windows and set what they give side by side: perplexity, KL, size, time, memory.
+
+    Example: `secateur compare smollm2 --recipes wanda "gblm unit=2:4" mine.yaml --out compared`
+    """
+    _begin(verbose)
+    from secateur.comparison import compare as compare_recipes
+    from secateur.comparison.comparing import check_all_succeeded
+    from secateur.report.comparison import comparison_table
+
+    # Words after the first recipe come as arguments: an option takes one.
+    comparison = compare_recipes(
+        model, [*(recipes or ()), *(more or ())], out, text=text, max_windows=max_windows, context=context, seeds=seeds,
+        overwrite=overwrite, trust_remote_code=trust_remote_code or None, **shared,
+    )  # fmt: skip
+    if as_json:
+        _print_json({"out": str(comparison.folder), **comparison.to_json()})
+    else:
+        stdout.print(comparison_table(comparison))
+    check_all_succeeded(comparison)
 
 
 @app.command()

@@ -197,6 +197,26 @@ def _together(value: Any) -> Any:
     return (",".join(dict.fromkeys(value)) or None) if isinstance(value, list) else value
 
 
+SHARED_FLAGS = ("calibration", "windows", "window_length", "seed", "micro_batch", "memory", "device")
+"""The flags that hold for all recipes of a comparison."""
+
+
+def with_shared(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags that hold for several recipes; it gets those that were given, by name, as ``shared``."""
+
+    @functools.wraps(command)
+    def called(**given: Any) -> None:
+        command(shared={name: given.pop(name) for name in SHARED_FLAGS}, **given)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = inspect.signature(command, eval_str=True).parameters
+    parameters = [parameter.replace(kind=keyword) for name, parameter in own.items() if name != "shared"]
+    parameters += [inspect.Parameter(name, keyword, default=None, annotation=FLAGS[name]) for name in SHARED_FLAGS]
+    called.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    called.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return called
+
+
 def with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command every flag of a recipe; it is called with the recipe they make as ``chosen``."""
 

@@ -23,7 +23,7 @@ from secateur.console import event, log
 from secateur.errors import OutputError, PlanError, SecateurError
 from secateur.files import cache_folder, full_disk_is_an_error, remove_temporaries, sync_tree, write_json
 from secateur.hub import push_folder
-from secateur.memory import require_memory
+from secateur.memory import memory_peak, require_memory
 from secateur.planning import Workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, numbers_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
@@ -94,7 +94,8 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
         realisation = Realisation(checkpoint, plan, structure)
         realisation.announce()
         before, after = realisation.sizes()
-        record = _plan_record(plan, realisation) | {"seconds": round(time.monotonic() - began, 2)}
+        record = _plan_record(plan, realisation)
+        record |= {"seconds": round(time.monotonic() - began, 2), "peak_memory": memory_peak()}
         log.info("Would go from %s.", describe_sizes(before, after))
         if file is not None:
             with full_disk_is_an_error(file.parent):

@@ -54,22 +54,36 @@ def perplexity(model: nn.Module, windows: TokenWindows, batch_size: int = 1) -> 
             f"{type(model).__name__} is not a causal language model, so it has no perplexity; evaluate a model that writes text"
         )
     windows.check_vocabulary(vocabulary_of(model))
-    count, context = windows.ids_NT.shape
     device = next(model.parameters()).device
     losses: list[torch.Tensor] = []
     with evaluating(model):
         for ids_BT in track(windows.ids_NT.split(batch_size), "Measuring perplexity"):
             losses.append(_window_losses(model, ids_BT.to(device)).cpu())
-    losses_N = torch.cat(losses)
+    measured = perplexity_of(torch.cat(losses), windows, next(model.parameters()).dtype)
+    if not math.isfinite(measured.value):
+        raise not_finite(measured, windows)
+    return measured
+
+
+def perplexity_of(losses_N: torch.Tensor, windows: TokenWindows, dtype: torch.dtype) -> Perplexity:
+    """The perplexity that the mean cross-entropies ``(N,)`` of ``windows`` come to; infinite or NaN where they do.
+
+    Args:
+        dtype: of the numbers that the model was computed with.
+    """
+    count, context = windows.ids_NT.shape
     mean = losses_N.mean().item()
-    value = math.exp(mean) if mean < 700 else math.inf
-    if not math.isfinite(value):
-        raise SecateurError(
-            f"perplexity on {windows.source} is {'not a number' if math.isnan(mean) else 'infinite'} "
-            f"(mean cross-entropy {mean:g}); the model's weights are damaged, or its dtype overflows: evaluate in float32"
-        )
+    value = math.exp(mean) if mean < 700 else mean if math.isnan(mean) else math.inf
     spread = None if count == 1 else value * losses_N.std().item() / math.sqrt(count)
-    return Perplexity(value, spread, count * (context - 1), count, context, _protocol(model, windows))
+    return Perplexity(value, spread, count * (context - 1), count, context, _protocol(dtype, windows))
+
+
+def not_finite(measured: Perplexity, windows: TokenWindows) -> SecateurError:
+    """The error of a model whose perplexity is no number."""
+    return SecateurError(
+        f"perplexity on {windows.source} is {'not a number' if math.isnan(measured.value) else 'infinite'}; "
+        "the model's weights are damaged, or its dtype overflows: evaluate in float32"
+    )
 
 
 def vocabulary_of(model: nn.Module) -> int:
@@ -109,10 +123,9 @@ def _window_losses(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
     return losses_M.double().reshape(len(ids_BT), -1).mean(dim=1)
 
 
-def _protocol(model: nn.Module, windows: TokenWindows) -> str:
+def _protocol(dtype: torch.dtype, windows: TokenWindows) -> str:
     count, context = windows.ids_NT.shape
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return (
         f"{windows.description}; context {context}, stride {context}, {count * (context - 1):,} tokens predicted, "
-        f"each window on its own, no beginning-of-sequence token, {dtype}"
+        f"each window on its own, no beginning-of-sequence token, {str(dtype).removeprefix('torch.')}"
     )
