@@ -1,0 +1,186 @@
+"""Every one-shot method on SmolLM2-135M at many ratios: perplexity, KL, time and peak memory, a column at a time.
+
+    python benchmarks/grid.py [--reference DIR] [--columns "50 %" ...] [--methods sparsegpt ...]
+
+Each column is one `secateur compare` on the reference windows: every method is planned in a process of its own, with a cache of its own so
+that nothing is found made, and all are measured in one walk. Times are of planning (opening the model, calibrating, choosing), beside
+one plain forward without the head over the same windows. What has been measured is kept: a second call goes on with what is missing,
+and cells that are missing are marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from pathlib import Path
+
+from common import DEFAULT_REFERENCE, RESULTS, ROOT, Results, fresh
+
+WEIGHTS = {
+    "magnitude, by matrix": "magnitude unit={unit} within=layer",
+    "wanda": "wanda unit={unit}",
+    "wanda, one share of every row": "wanda unit={unit} within=share",
+    "ria": "ria unit={unit}",
+    "wanda++, score alone": "wanda++ unit={unit}",
+    "gblm": "gblm unit={unit}",
+    "dsnot on wanda": "wanda unit={unit} removal=dsnot",
+    "wanda, AlphaPruning": "wanda unit={unit} allocation=alpha",
+    "wanda, OWL": "wanda unit={unit} allocation=owl",
+    "wanda, sensitivity": "wanda unit={unit} allocation=sensitivity",
+    "sparsegpt": "sparsegpt unit={unit}",
+    "sparsegpt update on wanda's mask": "wanda unit={unit} removal=sparsegpt",
+    "sparsegpt, sensitivity": "sparsegpt unit={unit} allocation=sensitivity",
+    "alps": "sparsegpt unit={unit} within=row removal=alps",
+}
+NO_PATTERN = (
+    "magnitude, by matrix",
+    "wanda, one share of every row",
+    "alps",
+    "wanda, AlphaPruning",
+    "wanda, OWL",
+    "wanda, sensitivity",
+    "sparsegpt, sensitivity",
+)
+CUTS = {
+    "random": "random unit={unit}",
+    "magnitude": "magnitude unit={unit}",
+    "wanda": "wanda unit={unit} propagate=dense",
+    "taylor": "taylor unit={unit}",
+    "fms, exact gradients": "fms unit={unit} gradient=exact",
+    "taylor, weights refitted": "taylor unit={unit} removal=sparsegpt",
+    "taylor, sensitivity": "taylor unit={unit} allocation=sensitivity",
+    "taylor, global": "taylor unit={unit} allocation=global",
+    "taylor, global, weights refitted": "taylor unit={unit} allocation=global removal=sparsegpt",
+}
+BLOCKS = {"taylor": "taylor unit=block", "ShortGPT": "influence unit=block", "angular": "angular unit=block"}
+
+
+def _filled(methods: dict[str, str], unit: str, extra: str) -> dict[str, str]:
+    return {name: f"{words.format(unit=unit)} {extra}".strip() for name, words in methods.items()}
+
+
+PATTERNS = {name: words for name, words in WEIGHTS.items() if name not in NO_PATTERN} | {
+    "alps": "sparsegpt unit={unit} removal=alps"
+}
+COLUMNS: dict[str, dict[str, str]] = {
+    "50 %": _filled(WEIGHTS, "weight", "ratio=0.5"),
+    "60 %": _filled(WEIGHTS, "weight", "ratio=0.6"),
+    "70 %": _filled(WEIGHTS, "weight", "ratio=0.7"),
+    "2:4": _filled(PATTERNS, "2:4", ""),
+    "4:8": _filled(PATTERNS, "4:8", ""),
+    "channels 20 %": _filled(CUTS, "channel", "ratio=0.2"),
+    "channels 50 %": _filled(CUTS, "channel", "ratio=0.5"),
+    "params -20 %": _filled(CUTS, "head,channel", "target=params=-20%"),
+    "blocks 20 %": _filled(BLOCKS, "", "ratio=0.2"),
+}
+
+FORWARD = """
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from secateur import console; console.quiet_libraries()
+from secateur.checkpoint.source import resolve_model
+ids = load_file({calibration!r})["input_ids"]
+model = AutoModelForCausalLM.from_pretrained(resolve_model("smollm2").folder, dtype=torch.float32).eval().model
+seconds = []
+for _ in range(2):  # the first is a warm-up
+    started = time.perf_counter()
+    with torch.no_grad():
+        for window in ids:
+            model(input_ids=window[None], use_cache=False)
+    seconds.append(time.perf_counter() - started)
+result = dict(seconds=seconds[-1])
+"""
+
+COMPARE = """
+from pathlib import Path
+from secateur import comparison
+rows = comparison.compare("smollm2", {words!r}, Path({out!r}), text={evaluation!r}, max_windows=None, calibration={calibration!r}).rows
+result = {{"rows": [row.flat() for row in rows]}}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--reference", type=Path, default=DEFAULT_REFERENCE)
+    parser.add_argument("--columns", nargs="*", default=list(COLUMNS))
+    parser.add_argument("--methods", nargs="*", help="only these of each column")
+    arguments = parser.parse_args()
+    work = ROOT / "benchmarks" / "work" / "grid"
+    results = Results("grid", "python benchmarks/grid.py")
+    texts = {
+        "calibration": str((arguments.reference / "calibration-tokens.safetensors").resolve()),
+        "evaluation": str((arguments.reference / "evaluation-tokens.safetensors").resolve()),
+    }
+    for column in arguments.columns:
+        wanted = {m: w for m, w in COLUMNS[column].items() if not arguments.methods or m in arguments.methods}
+        missing = {method: words for method, words in wanted.items() if results.get(f"{column}: {method}") is None}
+        if not missing:
+            continue
+        load = os.getloadavg()[0]
+        forward = fresh(FORWARD.format(**texts))["seconds"]
+        started = time.strftime("%H:%M")
+        print(
+            f"{started} {column}: {', '.join(missing)} (a forward takes {forward:.1f} s, load {load:.1f})", flush=True
+        )
+        # One by one, so that what is finished is kept; the last step of each measures it beside the dense model.
+        for method, words in missing.items():
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+            code = COMPARE.format(words=[words], out=str(work / "out"), **texts)
+            dense, row = fresh(code, SECATEUR_CACHE=str(work / "cache"))["rows"]
+            results.put("dense", dense)
+            results.put(f"{column}: {method}", row | {"words": words, "forward": forward, "load": load})
+            (RESULTS / "grid.md").write_text(table(results))
+            print(f"  {method}: {row['perplexity']}, {row['seconds']} s {row['failed'] or ''}", flush=True)
+    shutil.rmtree(work, ignore_errors=True)
+    (RESULTS / "grid.md").write_text(table(results))
+    print(table(results))
+
+
+def table(results: Results) -> str:
+    """Perplexities by method and column; then time and memory of the first column that has them."""
+    dense = results.get("dense")
+    lines = [
+        results.caption(
+            "Perplexity on 40 × 512 tokens of WikiText-2 test, calibration 32 × 256 tokens of WikiText-2 train, fp32."
+        ),
+        "",
+    ]
+    if dense is not None:
+        lines += [f"Dense: {dense['perplexity']:.3f}.", ""]
+    groups = (
+        ("50 %", "60 %", "70 %", "2:4", "4:8"),
+        ("channels 20 %", "channels 50 %", "params -20 %"),
+        ("blocks 20 %",),
+    )
+    for columns in groups:
+        methods = list(dict.fromkeys(method for column in columns for method in COLUMNS[column]))
+        lines += [
+            f"| | {' | '.join(columns)} | planning, in forwards | peak memory |",
+            "|---" * (len(columns) + 3) + "|",
+        ]
+        for method in methods:
+            found = [results.get(f"{column}: {method}") for column in columns]
+            cells = [_cell(entry, method in COLUMNS[column]) for entry, column in zip(found, columns, strict=True)]
+            first = next((entry for entry in found if entry is not None and entry["failed"] is None), None)
+            cost = ["", ""]
+            if first is not None:
+                cost = [f"{first['seconds'] / first['forward']:.1f}", f"{first['peak_memory'] / 2**20:,.0f} MiB"]
+            lines.append(f"| {method} | {' | '.join([*cells, *cost])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(entry: dict | None, asked: bool) -> str:
+    if entry is None:
+        return "not run yet" if asked else ""
+    if entry["failed"] is not None:
+        return "failed"
+    return f"{entry['perplexity']:,.2f}"
+
+
+if __name__ == "__main__":
+    main()
