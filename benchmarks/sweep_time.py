@@ -34,7 +34,8 @@ result = dict(seconds=time.perf_counter() - started)
 
 PLANNED = """
 from secateur.checkpoint.reader import open_checkpoint
-from secateur.planning import Planner, Workplace
+from secateur.gathering import Workplace
+from secateur.planning import Planner
 from secateur.recipe import recipe_from
 checkpoint = open_checkpoint({folder!r})
 checkpoint.content_hash

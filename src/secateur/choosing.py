@@ -208,17 +208,7 @@ class Chooser:
         ratios = policy.shares(known, [{"units": size} for size in sizes], min(share, LARGEST_SHARE))
         wish = [own["units"] * size for own, size in zip(ratios, sizes, strict=True)]
         counts = apportion(wish, [pool.most for pool in pools], total)
-        self.note_ratios(pools[0].kind, ratios, [pool.block for pool in pools])
         return {pool.key: rounded(pool, count, round_to) for pool, count in zip(pools, counts, strict=True)}
-
-    def note_ratios(
-        self, kind: str, ratios: Sequence[Mapping[str, float]], blocks: Sequence[int] | None = None
-    ) -> None:
-        """Keep for the record what share of a kind each block gives, the mean of its matrices."""
-        of_blocks = [round(sum(own.values()) / len(own), 4) if own else 0.0 for own in ratios]
-        self.notes.setdefault("allocation", {})[kind] = dict(
-            zip(map(str, blocks or self.blocks), of_blocks, strict=True)
-        )
 
     def _lowest(self, amounts: Amounts, scores: Mapping[Key, torch.Tensor] | None) -> Chosen:
         """The lowest units; where there are no scores yet, the first of them, which leave the same sizes."""

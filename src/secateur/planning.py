@@ -4,41 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
-import secateur
 from secateur.allocation.goal import Goal
 from secateur.allocation.mask_amounts import MaskAmounts
 from secateur.allocation.weights import WeightChooser
 from secateur.blockstore import BlockStore, trim_cache
 from secateur.calibration import TokenWindows
-from secateur.checkpoint.placement import HERE, Placement
 from secateur.checkpoint.reader import Checkpoint
-from secateur.checkpoint.residency import resident_block
 from secateur.choosing import Chooser
 from secateur.console import log, track
 from secateur.errors import RecipeError
+from secateur.gathering import Gathering, Workplace
 from secateur.identities import calibration_identity, calibration_windows, model_identity
 from secateur.plans import Plan
 from secateur.preflight import Estimate, Preflight, limit_of
 from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
-from secateur.removing import Remover
-from secateur.resuming import note_finished
+from secateur.removing import Remover, share_among
 from secateur.scoring import BlockScorer, weight_scores
-from secateur.spreading import allocation_figures
-from secateur.statistics import Statistic, add_states, as_states, gradient_kinds
-from secateur.statistics.half import halved, whole
+from secateur.statistics import Statistic, add_states, gradient_kinds
+from secateur.statistics.half import whole
 from secateur.structure import OUTSIDE, Structure, cut_shapes, find_all_units
-from secateur.sweep import BlockStatistics, Queries, Sweep, SweepSettings, Visit
-from secateur.workers import ALONE, Workers
+from secateur.sweep import BlockStatistics
 
 DECISIONS = "decisions"
 """The folder of what has been decided, a file a block."""
@@ -49,27 +42,6 @@ KEPT_SCORES = 4 * 1024**3
 
 Decide = Callable[[int, nn.Module, BlockStatistics], BlockDecision]
 """Decides over one block."""
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where a planner works.
-
-    Attributes:
-        scratch: for what lives as long as the run.
-        cache: for what later runs can use; None: nowhere.
-        placement: where blocks compute.
-        workers: the processes that share the windows.
-        memory: bytes for what may be kept between blocks.
-        micro_batch: windows at once, where it is not what the recipe says.
-    """
-
-    scratch: Path
-    cache: Path | None
-    placement: Placement = HERE
-    workers: Workers = ALONE
-    memory: int = 0
-    micro_batch: int | None = None
 
 
 class Planner:
@@ -104,7 +76,7 @@ class Planner:
                 checkpoint.skeleton.prunable(index)
         if recipe.ratio == 0:
             raise removes_nothing(recipe)
-        self.chooser = Chooser(checkpoint, self.structure, recipe, goal, lambda: self._figures)
+        self.chooser = Chooser(checkpoint, self.structure, recipe, goal, lambda: self._gathering.figures)
         if goal is None:
             self._check_amounts()
 
@@ -120,6 +92,11 @@ class Planner:
         workers = self.workplace.workers
         opened = calibration_windows(self.checkpoint, self.recipe, self.workplace.cache) if workers.leads else None
         return workers.first(opened)
+
+    @cached_property
+    def _gathering(self) -> Gathering:
+        """Made when the workplace is settled: memory and micro-batch may change before."""
+        return Gathering(self.checkpoint, self.recipe, self.workplace, self.blocks, lambda: self.windows)
 
     def estimate(self, out: Path | None) -> Estimate:
         """What gathering, scoring and, with ``out``, writing will take on this machine."""
@@ -160,10 +137,21 @@ class Planner:
             self._choose_from_scores(plan, self._dense_scores(needs))
         if self.workplace.cache is not None and workers.leads:
             trim_cache(self.workplace.cache)
-        plan.notes = self.chooser.notes
+        plan.notes = self._notes(plan)
         if self.goal is None and not plan.removes_anything():
             raise removes_nothing(self.recipe)
         return plan
+
+    def _notes(self, plan: Plan) -> dict[str, Any]:
+        """What is worth telling of the plan, whatever attempt decided which of its blocks."""
+        policy = self.recipe.parsed_policy()
+        if policy is not None and self.recipe.target is not None:
+            _ = self.chooser.planned  # says how the target was met
+        notes = dict(self.chooser.notes)
+        if policy is not None:
+            notes["allocation"] = plan.shares()
+        found = plan.removal_notes()
+        return notes | ({"removal": found} if found else {})
 
     def _check_amounts(self) -> None:
         """Say loudly what rounds to nothing, and find widths that N:M does not divide, before any work."""
@@ -242,7 +230,7 @@ class Planner:
 
     def _dense_scores(self, needs: frozenset[type[Statistic]]) -> BlockStore:
         """Scores of every block on disk; those of an earlier run are used again."""
-        store = self._store("scores", needs)
+        store = self._gathering.store("scores", needs)
         missing = self.workplace.workers.first(store.missing(self.blocks))
         if not missing:
             log.info("Using the scores kept from an earlier run.")
@@ -251,20 +239,11 @@ class Planner:
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
             if self.workplace.workers.leads:
                 store.put(index, self._scorer(index, block, statistics).everything(self.chooser.groups(index)))
-                self._note_finished(missing, index)
+                self._gathering.note_finished(missing, index)
 
-        self._visit_dense(needs, missing, visit)
+        self._gathering.visit_dense(needs, missing, visit)
         self.workplace.workers.wait()
         return store
-
-    def _visit_dense(self, needs: frozenset[type[Statistic]], missing: list[int], visit: Visit) -> None:
-        wanted = self._wanted(missing, needs)
-        if needs:
-            self._sweep().dense(needs, wanted, visit)
-            return
-        for index in track(wanted, "Scoring the blocks"):
-            with resident_block(self.checkpoint, index, self.workplace.placement, index + 1) as block:
-                visit(index, block, {})
 
     def _choose_from_scores(self, plan: Plan, store: BlockStore) -> None:
         removals = self.chooser.choose(store.get)
@@ -296,20 +275,8 @@ class Planner:
             after = cut_shapes(skeleton.block_shapes(index), cut.get(index, []))
             shapes[index] = {name: matrix.shape(after) for name, matrix in skeleton.prunable(index).items()}
         sizes = [{name: math.prod(shape) for name, shape in own.items()} for own in shapes.values()]
-        ratios = policy.shares(self._figures, sizes, self.recipe.mask_ratio)
-        self.chooser.note_ratios("weight", ratios)
+        ratios = policy.shares(self._gathering.figures, sizes, self.recipe.mask_ratio)
         return MaskAmounts(self.recipe, dict(zip(shapes, ratios, strict=True)), shapes)
-
-    @cached_property
-    def _figures(self) -> list[dict[str, float]]:
-        """What the allocation's policy measures of each block of ``blocks``."""
-        policy = self.recipe.parsed_policy()
-        assert policy is not None
-        ids_NT = self.windows.ids_NT if self.recipe.reads_text else None
-        ratio = self.recipe.mask_ratio if self.recipe.masks_weights else self.recipe.cut_ratio
-        return allocation_figures(
-            policy, self.checkpoint, ids_NT, self._settings(), self.blocks, ratio, self.workplace.cache
-        )
 
     # -- choosing on the way: under dense propagation in any order, under pruned block by block
 
@@ -321,10 +288,9 @@ class Planner:
 
             def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
                 self._decide(plan, remover, index, block, statistics)
-                self._note_finished(missing, index)
+                self._gathering.note_finished(missing, index)
 
-            self._visit_dense(needs, missing, visit)
-            self._note_removal(remover)
+            self._gathering.visit_dense(needs, missing, visit)
 
     def _choose_on_the_way(
         self, plan: Plan, on_the_way: frozenset[type[Statistic]], beforehand: frozenset[type[Statistic]]
@@ -333,7 +299,7 @@ class Planner:
         missing = self._undecided(plan)
         if not missing:
             return
-        gradients = self._gradients(beforehand) if beforehand else None
+        gradients = self._gathering.gradients(beforehand) if beforehand else None
         remover = self._remover(WeightChooser(self.recipe, list))
 
         def decide(index: int, block: nn.Module, statistics: BlockStatistics) -> BlockDecision:
@@ -342,7 +308,6 @@ class Planner:
             return self._decide(plan, remover, index, block, statistics)
 
         self._walk_pruned(on_the_way, missing, decide)
-        self._note_removal(remover)
 
     def _fit_to_scores(self, plan: Plan, store: BlockStore) -> None:
         """What leaves is chosen over the whole model by kept scores; then, in a walk of its own, weights are fitted to it."""
@@ -350,12 +315,7 @@ class Planner:
         if not missing:
             return
         removals = self.chooser.choose(store.get)
-
-        def chunks() -> Iterator[torch.Tensor]:
-            for index in self.blocks:
-                yield from weight_scores(store.get(index)).values()
-
-        remover = self._remover(WeightChooser(self.recipe, chunks), removals)
+        remover = self._remover(WeightChooser(self.recipe, list), removals)
 
         def decide(index: int, block: nn.Module, statistics: BlockStatistics) -> BlockDecision:
             kept = weight_scores(store.get(index)) if self.recipe.masks_weights else None
@@ -367,19 +327,18 @@ class Planner:
 
             def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
                 decide(index, block, statistics)
-                self._note_finished(missing, index)
+                self._gathering.note_finished(missing, index)
 
-            self._visit_dense(self.removal.needs(), missing, visit)
-        self._note_removal(remover)
+            self._gathering.visit_dense(self.removal.needs(), missing, visit)
 
     def _walk_pruned(self, needs: frozenset[type[Statistic]], missing: list[int], decide: Decide) -> None:
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor]:
             decision = decide(index, block, statistics)
-            self._note_finished(missing, index)
+            self._gathering.note_finished(missing, index)
             own = self.checkpoint.dtype != self.workplace.placement.dtype  # else they are mapped from the file
             return decision.in_dense_shapes(block.state_dict(), in_place=own)
 
-        self._sweep().pruned(needs, self.blocks, visit, done=min(missing))
+        self._gathering.sweep().pruned(needs, self.blocks, visit, done=min(missing))
 
     def _decide(
         self,
@@ -399,127 +358,16 @@ class Planner:
         touched = list(scorer.matrices) if self.recipe.masks_weights or self.removal.updates else []
         own = [name for place, name in enumerate(touched) if self.workplace.workers.mine(place)]
         decision = remover.in_block(index, removals, scorer, own, kept_scores)
-        self._share(decision, index, touched)
+        share_among(self.workplace.workers, self.checkpoint, decision, index, touched)
         plan.add(index, decision)
         return decision
-
-    def _note_removal(self, remover: Remover) -> None:
-        if remover.notes:
-            self.chooser.notes["removal"] = remover.notes
-
-    def _share(self, decision: BlockDecision, index: int, names: list[str]) -> None:
-        """Each worker has decided over some of the matrices; all get all masks and new numbers."""
-        workers = self.workplace.workers
-        if workers.size == 1 or not names:
-            return
-        tensors = self.checkpoint.skeleton.blocks[index].state_dict()
-        masks, numbers = dict(decision.masks), dict(decision.numbers)
-        for place, name in enumerate(names):
-            rows, columns = decision.survivors(name, tensors)
-            if not len(rows):
-                continue
-            device = tensors[decision.matrices[name].parameter].device
-            owner = place % workers.size
-            if self.recipe.masks_weights:
-                bits = torch.zeros(len(rows), len(columns), dtype=torch.uint8)
-                if name in masks:
-                    bits.copy_(masks[name])
-                workers.hand_round(bits, owner)
-                masks[name] = bits.bool().to(device)
-            if any(workers.all(name in numbers)):
-                found = numbers.get(name)
-                shared = torch.zeros(len(rows), len(columns)) if found is None else found.float().cpu()
-                workers.hand_round(shared, owner)  # float32 holds every stored number exactly
-                stored = self.checkpoint.tensors[
-                    self.checkpoint.skeleton.block_prefix(index) + decision.matrices[name].parameter
-                ].dtype
-                numbers[name] = shared.to(stored).to(device)
-        decision.masks.update((name, masks[name]) for name in names if name in masks)
-        decision.numbers.update((name, numbers[name]) for name in names if name in numbers)
-
-    def _gradients(self, kinds: frozenset[type[Statistic]]) -> BlockStore:
-        """Gradient statistics of the dense model on disk, in 16 bits; those of an earlier run are used again."""
-        store = self._store("gradients", kinds)
-        missing = self.workplace.workers.first(store.missing(self.blocks))
-        if missing:
-
-            def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
-                if self.workplace.workers.leads:
-                    store.put(index, halved(as_states(statistics)))
-                    self._note_finished(missing, index)
-
-            self._visit_dense(kinds, missing, visit)
-            self.workplace.workers.wait()
-        else:
-            log.info("Using the gradients kept from an earlier run.")
-        return store
 
     def _undecided(self, plan: Plan) -> list[int]:
         """The blocks that no earlier attempt has decided."""
         return self.workplace.workers.first([index for index in self.blocks if index not in plan.decided()])
 
-    def _note_finished(self, missing: list[int], index: int) -> None:
-        """Say how far this part is, for whoever goes on should it be killed."""
-        if self.workplace.workers.leads:
-            if index in missing:
-                missing.remove(index)
-            note_finished(self.workplace.scratch, len(self.blocks) - len(missing), len(self.blocks))
-
     def _scorer(self, index: int, block: nn.Module, statistics: BlockStatistics) -> BlockScorer:
         return BlockScorer(self.checkpoint.skeleton, index, block, statistics, self.recipe)
-
-    # -- places
-
-    def _wanted(self, missing: list[int], needs: frozenset[type[Statistic]]) -> range:
-        """The blocks to sweep for those that are missing."""
-        if self.recipe.gradient == "forward" and gradient_kinds(needs):
-            return self.blocks  # all of them are perturbed at once: fewer would give other numbers
-        # A backward walk passes every later block anyway; a forward walk every earlier one.
-        return range(min(missing), max(missing) + 1)
-
-    def _sweep(self) -> Sweep:
-        return Sweep(self.checkpoint, self.windows.ids_NT, self._settings())
-
-    def _settings(self) -> SweepSettings:
-        place, recipe = self.workplace, self.recipe
-        settings = SweepSettings(
-            place.micro_batch or recipe.micro_batch, place.memory, place.scratch, place.placement, place.workers
-        )
-        if recipe.gradient is not None:
-            settings = replace(settings, gradient=recipe.gradient)
-        if recipe.queries is not None and recipe.perturbation is not None:
-            settings = replace(settings, queries=Queries(recipe.queries, recipe.perturbation, recipe.seed))
-        return settings
-
-    def _store(self, kind: str, needs: frozenset[type[Statistic]]) -> BlockStore:
-        """Where scores or gradients of exactly these inputs are kept. Without statistics scores are cheap: not kept."""
-        recipe = self.recipe
-        key: dict[str, Any] = {
-            "model": self.checkpoint.content_hash,
-            "windows": self.windows.sha256 if needs else None,
-            "micro_batch": self.workplace.micro_batch or recipe.micro_batch,
-            "threads": torch.get_num_threads(),
-            "workers": self.workplace.workers.size,
-            "device": str(self.workplace.placement),
-            "versions": [secateur.__version__, torch.__version__, transformers.__version__],
-        }
-        if gradient_kinds(needs):
-            key |= self._gradient_key()
-        if kind == "gradients":
-            key["statistics"] = sorted(statistic.name for statistic in needs)
-        else:
-            key |= {"criterion": str(self.criterion), "seed": recipe.seed, "weights": recipe.masks_weights}
-            key |= {"units": list(recipe.cut_kinds), "reduce": recipe.reduce}
-        root = self.workplace.cache if self.workplace.cache is not None and needs else self.workplace.scratch
-        return BlockStore(root, kind, key)
-
-    def _gradient_key(self) -> dict[str, Any]:
-        """What gradients depend on beside the model and the windows."""
-        recipe, key = self.recipe, {"gradient": self.recipe.gradient}
-        if recipe.gradient != "forward":
-            return key
-        drawn = {"queries": recipe.queries, "perturbation": recipe.perturbation, "noise": recipe.seed}
-        return key | drawn | {"perturbed": [self.blocks.start, self.blocks.stop]}
 
 
 def removes_nothing(recipe: Recipe) -> RecipeError:

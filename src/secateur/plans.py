@@ -85,6 +85,7 @@ class BlockPlan(_Strict):
     Attributes:
         updated: matrices whose weights that stay get new numbers.
         numbers_sha256: of the file that holds these.
+        notes: figures of the removal that are worth telling.
     """
 
     block: int = Field(ge=OUTSIDE)
@@ -92,6 +93,7 @@ class BlockPlan(_Strict):
     masks: dict[str, Masked] = {}
     updated: list[str] = []
     numbers_sha256: str | None = None
+    notes: dict[str, float] = {}
 
 
 class Plan(_Strict):
@@ -171,7 +173,14 @@ class Plan(_Strict):
             masks[name] = Masked(shape=(rows, columns), zeros=zeros_of(mask_OI))
             bits[name] = pack(mask_OI)
         numbers = self._numbers.put(block, decision.numbers) if decision.numbers else None
-        entry = BlockPlan(block=block, cuts=cuts, masks=masks, updated=sorted(decision.numbers), numbers_sha256=numbers)
+        entry = BlockPlan(
+            block=block,
+            cuts=cuts,
+            masks=masks,
+            updated=sorted(decision.numbers),
+            numbers_sha256=numbers,
+            notes=dict(decision.notes),
+        )
         self._store.put(block, as_text(entry.model_dump(mode="json")), bits)
         self._enter(entry)
 
@@ -250,6 +259,26 @@ class Plan(_Strict):
                 gone, there = totals.get(cut.kind, (0, 0))
                 totals[cut.kind] = (gone + len(cut.removed), there + cut.count)
         return totals
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """For each kind of unit inside blocks, and for single weights, what share leaves each block, by its number."""
+        found: dict[str, dict[str, float]] = {}
+        for entry in (entry for entry in self.blocks if entry.block != OUTSIDE):
+            for cut in entry.cuts:
+                found.setdefault(cut.kind, {})[str(entry.block)] = round(len(cut.removed) / cut.count, 4)
+            held = sum(masked.shape[0] * masked.shape[1] for masked in entry.masks.values())
+            if held:
+                zeros = sum(masked.zeros for masked in entry.masks.values())
+                found.setdefault("weight", {})[str(entry.block)] = round(zeros / held, 4)
+        return found
+
+    def removal_notes(self) -> dict[str, float]:
+        """Of every figure that removals gave, the largest."""
+        found: dict[str, float] = {}
+        for entry in self.blocks:
+            for key, value in entry.notes.items():
+                found[key] = max(value, found.get(key, value))
+        return found
 
     def zeros(self) -> tuple[int, int]:
         """How many weights are masked, of how many in masked matrices."""

@@ -168,6 +168,11 @@ class Recipe(BaseModel):
                 f"--removal {removal.name} gives new weights inside blocks, and {' and '.join(spanning)} units leave the model "
                 "as a whole; take them out in a run of their own"
             )
+        if self.within == "global" and removal.updates and self.masks_weights:
+            raise RecipeError(
+                f"--removal {removal.name} gives new weights block by block, and --within global chooses over the whole model; "
+                "choose within row, share, block or layer"
+            )
         if self.steps > 1:
             raise RecipeError(f"--removal {removal.name} works on the dense model's blocks once; leave --steps out")
         if self.is_global and not removal.updates:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from secateur.removal.decision import BlockDecision, Removals
 from secateur.removal.methods import Removed, Task
 from secateur.scoring import BlockScorer
 from secateur.statistics import InputStatistic, Statistic
+from secateur.workers import Workers
 
 
 class Remover:
@@ -26,15 +27,11 @@ class Remover:
     Args:
         weights: chooses by scores.
         amounts: how much leaves each matrix.
-
-    Attributes:
-        notes: figures that removals gave, the largest of each over the whole model.
     """
 
     def __init__(self, checkpoint: Checkpoint, recipe: Recipe, weights: WeightChooser, amounts: MaskAmounts) -> None:
         self._checkpoint, self._recipe, self._weights, self._amounts = checkpoint, recipe, weights, amounts
         self._removal, self._criterion = recipe.parsed_removal(), recipe.parsed_criterion()
-        self.notes: dict[str, float] = {}
 
     def by_scores(self, index: int, removals: Removals, scores: Iterable[tuple[str, torch.Tensor]]) -> BlockDecision:
         """The decision for a block whose scores were kept: its weights are not here, so all is zeroed or cut."""
@@ -76,7 +73,8 @@ class Remover:
             if removed.weight_OI is not None:
                 decision.numbers[name] = self._stored(index, name, removed.weight_OI)
             for key, value in removed.notes.items():
-                self._note(key, value, self._full(index, name))
+                log.info("%s: %s %g.", self._full(index, name), key, value)
+                decision.notes[key] = max(value, decision.notes.get(key, value))
             scorer.forget(name)  # its statistics are as large as itself
         return decision
 
@@ -142,11 +140,6 @@ class Remover:
             )
         return stored
 
-    def _note(self, key: str, value: float, name: str) -> None:
-        if value > self.notes.get(key, float("-inf")):
-            log.info("%s: %s %g.", name, key, value)
-            self.notes[key] = value
-
 
 def _selected(
     statistics: Mapping[type[Statistic], Any], columns: torch.Tensor, inputs: int
@@ -158,3 +151,39 @@ def _selected(
         kind: found.select(columns.to(found.known().device)) if isinstance(found, InputStatistic) else found
         for kind, found in statistics.items()
     }
+
+
+def share_among(
+    workers: Workers, checkpoint: Checkpoint, decision: BlockDecision, index: int, names: Sequence[str]
+) -> None:
+    """Each worker has decided over some of the matrices ``names``; all get all masks, new numbers and notes."""
+    if workers.size == 1 or not names:
+        return
+    prefix = checkpoint.skeleton.block_prefix(index)
+    device = next(iter(checkpoint.skeleton.blocks[index].state_dict().values())).device
+    masks, numbers = dict(decision.masks), dict(decision.numbers)
+    made = workers.all(
+        [(n in masks, n in numbers, tuple((masks.get(n, numbers.get(n, NOTHING))).shape)) for n in names]
+    )
+    for place, name in enumerate(names):
+        owner = place % workers.size
+        has_mask, has_numbers, shape = made[owner][place]
+        if has_mask:
+            bits = masks[name].to("cpu", torch.uint8) if name in masks else torch.zeros(shape, dtype=torch.uint8)
+            workers.hand_round(bits, owner)
+            masks[name] = bits.bool().to(device)
+        if has_numbers:
+            stored = checkpoint.tensors[prefix + decision.matrices[name].parameter].dtype
+            whole = numbers[name].float().cpu() if name in numbers else torch.zeros(shape)
+            workers.hand_round(whole, owner)  # float32 holds every stored number exactly
+            numbers[name] = whole.to(stored).to(device)
+    for target, found in ((decision.masks, masks), (decision.numbers, numbers)):
+        target.clear()
+        target.update((name, found[name]) for name in names if name in found)
+    for notes in workers.all(dict(decision.notes)):
+        for key, value in notes.items():
+            decision.notes[key] = max(value, decision.notes.get(key, value))
+
+
+NOTHING = torch.zeros(0)
+"""Stands for what a worker does not have."""

@@ -22,9 +22,9 @@ from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.console import event, log
 from secateur.errors import OutputError, PlanError, SecateurError
 from secateur.files import cache_folder, full_disk_is_an_error, remove_temporaries, sync_tree, write_json
+from secateur.gathering import Workplace
 from secateur.hub import push_folder
 from secateur.memory import memory_peak, require_memory
-from secateur.planning import Workplace
 from secateur.plans import PLAN_FILE, Plan, load_plan, masks_beside, numbers_beside, plan_summary
 from secateur.realise import Realisation, describe_sizes
 from secateur.recipe import Recipe

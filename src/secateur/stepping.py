@@ -12,8 +12,9 @@ from secateur.checkpoint.manifest import FILES, RECORD
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.console import log
 from secateur.errors import ModelError, PlanError
+from secateur.gathering import Workplace
 from secateur.identities import model_identity
-from secateur.planning import Planner, Workplace, removes_nothing
+from secateur.planning import Planner, removes_nothing
 from secateur.plans import PLAN_FILE, Plan, load_plan
 from secateur.preflight import refuse_what_cannot_fit
 from secateur.realise import Realisation

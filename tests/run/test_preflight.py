@@ -12,8 +12,9 @@ import secateur
 from secateur import preflight, stepping
 from secateur.checkpoint.reader import open_checkpoint
 from secateur.errors import ResourceError
+from secateur.gathering import Workplace
 from secateur.memory import memory_now, peak_of
-from secateur.planning import Planner, Workplace
+from secateur.planning import Planner
 from secateur.preflight import Preflight, limit_of
 from secateur.recipe import recipe_from
 

@@ -19,7 +19,7 @@ FLOOR = 1e-3
 
 
 class SensitivityOptions(Options):
-    metric: Literal["loss", "divergence"] = "loss"
+    metric: Literal["loss", "divergence"] = "divergence"
     windows: int = Field(default=8, ge=1, le=1_000_000)
     spread: float = Field(default=0.3, ge=0, le=1)
 
@@ -28,8 +28,8 @@ class Sensitivity(Policy):
     """Ratios that fall linearly with the logarithm of how much the model loses when a block alone is masked.
 
     Each block in turn has the asked ratio of its weights masked by Wanda, row by row, in the otherwise dense model; the
-    first ``windows`` calibration windows say what that costs: by how much the loss rises or, with ``metric=divergence``,
-    how far the predictions move. The costs of blocks lie orders of magnitude apart, so their logarithm decides: the
+    first ``windows`` calibration windows say what that costs: how far the predictions move (Kullback-Leibler) or, with
+    ``metric=loss``, by how much the loss rises, which on little text may also fall. The costs of blocks lie orders of magnitude apart, so their logarithm decides: the
     most sensitive block wishes for ``1 - spread`` of the ratio, the least for ``1 + spread``.
     """
 

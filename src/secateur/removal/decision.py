@@ -39,12 +39,14 @@ class BlockDecision:
         masks: by the matrix's name, what stays of it *after* the cut, ``(O', I')`` boolean.
         matrices: how the block keeps the matrices that ``masks`` and ``numbers`` name.
         numbers: by the matrix's name, the new numbers of what stays after the cut, ``(O', I')`` in the stored dtype.
+        notes: figures of the removal that are worth telling, the largest of the block.
     """
 
     removals: Sequence[Removal] = ()
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
     matrices: BlockMatrices = field(default_factory=dict)
     numbers: dict[str, torch.Tensor] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
 
     def carry_out(self, tensors: Mapping[str, torch.Tensor], in_place: bool = False) -> dict[str, torch.Tensor]:
         """The block's tensors as they will be written: cut, then given their new numbers, then masked; dtypes stay.

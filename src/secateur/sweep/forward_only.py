@@ -127,7 +127,10 @@ class ForwardOnlyWalk(Walk):
 
     def _measured(self) -> dict[int, list[float]]:
         """By query what is known of this worker's windows; only what all workers know."""
-        found = json.loads(self._kept.read_text(encoding="utf-8")) if self._kept.is_file() else {}
+        try:
+            found = {str(query): list(losses) for query, losses in json.loads(self._kept.read_text("utf-8")).items()}
+        except (OSError, ValueError, AttributeError, TypeError):  # not there, or damaged: measured again
+            found = {}
         common = set.intersection(*self.workers.all(set(found)))
         return {int(query): found[query] for query in common}
 
