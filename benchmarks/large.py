@@ -156,7 +156,7 @@ def rates_of(shapes: list[tuple[int, int]], rows: int) -> dict[str, float]:
 
 def under_clock(clock: Clock) -> dict[str, int]:
     """Put the functions that do the work under the clock; returns how many tokens went through products, counted as they run."""
-    from secateur import planning, run, stepping
+    from secateur import gathering, planning, run, stepping
     from secateur.blockstore import BlockStore
     from secateur.checkpoint.reader import Checkpoint
     from secateur.planning import Planner
@@ -179,7 +179,7 @@ def under_clock(clock: Clock) -> dict[str, int]:
     clock.watch(Planner, "_decide", "scoring and choosing")
     clock.watch(BlockScorer, "everything", "scoring and choosing")
     clock.watch(Planner, "_choose_from_scores", "scoring and choosing")
-    clock.watch(planning, "halved", "gradients to disk and back")
+    clock.watch(gathering, "halved", "gradients to disk and back")
     clock.watch(planning, "whole", "gradients to disk and back")
     clock.watch(BlockStore, "put", "gradients to disk and back")
     clock.watch(BlockStore, "get", "gradients to disk and back")

@@ -16,7 +16,7 @@ def measured(*rises, divergences=None):
 
 
 def ratios(figures, ratio=0.5, **options):
-    policy = Sensitivity(SensitivityOptions(**options))
+    policy = Sensitivity(SensitivityOptions(**{"metric": "loss"} | options))
     return [share["w"] for share in policy.shares(figures, [{"w": 100}] * len(figures), ratio)]
 
 
