@@ -20,7 +20,14 @@ RECIPES: dict[str, list[str]] = {
     "taylor head,channel in two rounds": ["--unit", "head,channel", "--ratio", "0.5", "--steps", "2"],
     "taylor second order, weight": ["--criterion", "taylor:order=second", "--unit", "weight"],
     "wanda weight, dense": ["--criterion", "wanda", "--unit", "weight", "--propagate", "dense"],
-    "sparsegpt weight, each block its own share": ["--criterion", "sparsegpt", "--unit", "weight", "--allocation", "owl"],
+    "sparsegpt weight, each block its own share": [
+        "--criterion",
+        "sparsegpt",
+        "--unit",
+        "weight",
+        "--allocation",
+        "owl",
+    ],
     "taylor channels, global, fitted": ["--ratio", "0.3", "--allocation", "global", "--removal", "sparsegpt"],
     "taylor head,channel, global": ["--unit", "head,channel", "--ratio", "0.3", "--allocation", "global"],
 }

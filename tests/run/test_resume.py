@@ -77,12 +77,20 @@ POINTS = {
 
 @pytest.mark.usefixtures("same_process")
 @pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("recipe", ["taylor channels", "wanda 2:4, pruned"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "taylor channels",
+        "wanda 2:4, pruned",
+        "sparsegpt weight, each block its own share",
+        "taylor channels, global, fitted",
+    ],
+)
 def test_what_died_anywhere_is_finished_with_the_same_bytes(
     point, recipe, llama_folder, windows_file, tmp_path, monkeypatch
 ):
     owner, name, call = POINTS[point]
-    if recipe.startswith("wanda") and name == "put":
+    if recipe.startswith(("wanda", "sparsegpt")) and name == "put":
         pytest.skip("pruned propagation keeps no scores")
     fields = dict(calibration=str(windows_file), **words_to_fields(RECIPES[recipe]))
     secateur.prune(str(llama_folder), tmp_path / "straight", **fields)
@@ -553,7 +561,9 @@ def test_what_follows_from_another_difference_is_not_said():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["gblm weight, pruned", "taylor head,channel in two rounds", "taylor channels"])
+@pytest.mark.parametrize(
+    "recipe", ["gblm weight, pruned", "taylor head,channel in two rounds", "sparsegpt weight, each block its own share"]
+)
 def test_killed_at_a_random_moment(recipe, save, tmp_path, windows_file):
     """The short form of ``benchmarks/kills.py``."""
     folder = save(tiny_llama(num_hidden_layers=6))
