@@ -155,13 +155,20 @@ class Planner:
 
     def _check_amounts(self) -> None:
         """Say loudly what rounds to nothing, and find widths that N:M does not divide, before any work."""
-        if self.recipe.parsed_policy() is not None:
+        policy, pattern = self.recipe.parsed_policy(), self.recipe.n_of_m
+        if policy is not None and pattern is not None:
+            log.warning(
+                "MIXED N:%d: %s gives each block its own N, so the result is not %s as hardware knows it.",
+                pattern.group,
+                policy.name,
+                pattern,
+            )
+        if policy is not None:
             return  # what each block gives is measured first
         kinds = self.recipe.cut_kinds if self.recipe.allocation != "global" else ()
         empty = [kind for kind in kinds if self._warn_if_nothing(kind)]
         if empty and len(empty) == len(kinds) and not self.recipe.masks_weights:
             raise removes_nothing(self.recipe)
-        pattern = self.recipe.n_of_m
         if pattern is None or self.recipe.allocation == "global":
             return
         skeleton, leaving = self.checkpoint.skeleton, self.chooser.foreseen()

@@ -285,7 +285,8 @@ def _carry_out(
         record["logits_difference"] = realisation.verify(partial)
     groups = realisation.structure.units or None
     blocks = recipe.block_range(len(realisation.cut.blocks))
-    after = count_folder(partial, groups, recipe.n_of_m, blocks, recipe.trust_remote_code, realisation.cut.kept())
+    pattern = None if recipe.parsed_policy() else recipe.n_of_m  # with a policy each block has its own
+    after = count_folder(partial, groups, pattern, blocks, recipe.trust_remote_code, realisation.cut.kept())
     before = count_checkpoint(realisation.checkpoint, groups)
     if after.valid_n_of_m is False:
         raise OutputError(

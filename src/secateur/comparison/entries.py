@@ -50,7 +50,7 @@ class Entry:
     def depends_on_seed(self, windows_are_drawn: bool) -> bool:
         """Whether another seed can give another plan: by random scores or directions, or by other windows."""
         criterion = self.recipe.parsed_criterion()
-        drawn = windows_are_drawn and bool(criterion.needs())
+        drawn = windows_are_drawn and self.recipe.reads_text
         return drawn or isinstance(criterion, Random) or self.recipe.gradient == "forward"
 
     def measures(self, blocks: int) -> tuple[Any, ...]:
@@ -58,16 +58,20 @@ class Entry:
 
         Among these the one that measures most of the ``blocks`` comes first: the others then find all they need.
         """
-        recipe, needs = self.recipe, self.recipe.parsed_criterion().needs()
+        recipe, needs = self.recipe, self.recipe.needs()
         gradients = sorted(kind.name for kind in gradient_kinds(needs))
         names = sorted(kind.name for kind in needs)
+        try:
+            pruned = len(recipe.block_range(blocks))
+        except RecipeError:  # it fails by itself, and says why
+            pruned = 0
         scored = (recipe.criterion, recipe.masks_weights, recipe.cut_kinds)
         return (
             gradients,
             str(recipe.gradient),
             str(recipe.propagate),
             names,
-            -len(recipe.block_range(blocks)),
+            -pruned,
             *scored,
         )
 

@@ -10,22 +10,18 @@ from secateur.statistics.base import InputStatistic
 from secateur.workers import Workers
 
 
-class InputNorm(InputStatistic):
-    """Mean over windows of the sum over tokens of x_j squared, ``(I,)``, float32.
+class InputVector(InputStatistic):
+    """A vector from each window, ``(I,)``.
 
-    Its root is Wanda's ``||X_j||_2 / sqrt(N)`` (methods §0.2; Wanda, arXiv 2306.11695, equation 1). The mean runs along
-    with the windows, in float32 and in the published code's order of operations: under pruned propagation a near-tie
-    that rounds the other way moves the masks of all later blocks (float64 sums moved 0.15 % of Wanda's places).
+    They are small, so several workers keep them apart and fold them in the order of the windows, to the bits of one worker:
+    under pruned propagation a near-tie that rounds otherwise moves the masks of all later blocks.
     """
-
-    name = "input_norm"
 
     def __init__(self) -> None:
         super().__init__()
         self.terms: list[torch.Tensor] | None = None
 
     def remember(self) -> None:
-        """Keep each window's term, so that several workers' can be folded in the order of the windows, to the same bits."""
         self.terms = []
 
     def join(self, workers: Workers, windows: int) -> None:
@@ -38,12 +34,29 @@ class InputNorm(InputStatistic):
             for term in part:
                 self.fold(term.to(device))
 
-    def term(self, x_TI: torch.Tensor) -> torch.Tensor:
-        return torch.norm(x_TI.float().T, p=2, dim=1) ** 2
-
     def fold(self, term: torch.Tensor, windows: int = 1) -> None:
         if self.terms is not None:
             self.terms.append(term)
+        self._fold(term)
+
+    def _fold(self, term: torch.Tensor) -> None:
+        self._add(term.clone() if self.total is None else term)  # the first becomes the sum
+
+
+class InputNorm(InputVector):
+    """Mean over windows of the sum over tokens of x_j squared, ``(I,)``, float32.
+
+    Its root is Wanda's ``||X_j||_2 / sqrt(N)`` (methods §0.2; Wanda, arXiv 2306.11695, equation 1). The mean runs along
+    with the windows, in float32 and in the published code's order of operations (float64 sums moved 0.15 % of Wanda's
+    places).
+    """
+
+    name = "input_norm"
+
+    def term(self, x_TI: torch.Tensor) -> torch.Tensor:
+        return torch.norm(x_TI.float().T, p=2, dim=1) ** 2
+
+    def _fold(self, term: torch.Tensor) -> None:
         if self.total is None:
             self.total = torch.zeros_like(term)
         seen = self.windows
@@ -88,7 +101,7 @@ class InputSecondMoment(InputStatistic):
         return self.known() * (2 / self.windows)
 
 
-class InputMean(InputStatistic):
+class InputMean(InputVector):
     """Mean over windows of the sum over tokens of x, ``(I,)``, float32: DSnoT's expectation (methods §7.1)."""
 
     name = "input_mean"
@@ -96,11 +109,8 @@ class InputMean(InputStatistic):
     def term(self, x_TI: torch.Tensor) -> torch.Tensor:
         return x_TI.float().sum(dim=0)
 
-    def fold(self, term: torch.Tensor, windows: int = 1) -> None:
-        self._add(term.clone() if self.total is None else term, windows)
 
-
-class InputVariance(InputStatistic):
+class InputVariance(InputVector):
     """Mean over windows of the variance of x over the window's tokens, ``(I,)``, float32.
 
     DSnoT weighs windows by their tokens; ours have equally many. What differs between windows is not in it (methods §7.1).
@@ -112,6 +122,3 @@ class InputVariance(InputStatistic):
         if not len(x_TI):  # an expert to which no token of the window went
             return torch.zeros(x_TI.shape[1], device=x_TI.device)
         return x_TI.float().var(dim=0, correction=0)
-
-    def fold(self, term: torch.Tensor, windows: int = 1) -> None:
-        self._add(term.clone() if self.total is None else term, windows)
