@@ -229,8 +229,10 @@ class ForwardWalk(Walk):
 
 def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
     """Statistics that have seen nothing: of each matrix, and of the block itself."""
-    of_block = {kind for kind in needs if issubclass(kind, BlockStatistic)}
-    statistics: BlockStatistics = {name: {kind: kind() for kind in needs - of_block} for name in matrices}
+    # By name: workers join them one after the other, and a set has another order in every process.
+    kinds = sorted(needs, key=lambda kind: kind.name)
+    of_block = [kind for kind in kinds if issubclass(kind, BlockStatistic)]
+    statistics: BlockStatistics = {name: {kind: kind() for kind in kinds if kind not in of_block} for name in matrices}
     if of_block:
         statistics[BLOCK] = {kind: kind() for kind in of_block}
     return statistics
