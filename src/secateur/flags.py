@@ -72,7 +72,7 @@ FLAGS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="How what was chosen leaves: mask (zeroed); sparsegpt (what stays is updated; `sparsegpt:bits=4` rounds it too); "
-            "alps (mask and update by ADMM); dsnot (the mask is refined by swaps). Units that are cut can be made good as well: "
+            "alps (mask and update by ADMM); dsnot (the mask is refined by swaps; `dsnot-published` with the published command line's defaults). Units that are cut can be made good as well: "
             "sparsegpt, alps. [default: as published; mask, sparsegpt for sparsegpt]",
             show_default=False,
         ),

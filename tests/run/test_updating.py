@@ -290,3 +290,12 @@ def test_dsnot_changes_the_mask_and_keeps_every_row_count(llama, windows, tmp_pa
         assert torch.equal(mask_OI.sum(1), refined_OI.sum(1))
         moved += int((mask_OI != refined_OI).sum())
     assert moved > 0
+
+
+def test_published_dsnot_leaves_mlp_matrices_at_their_first_mask(llama, windows, tmp_path):
+    fields = {"criterion": "wanda", "unit": "weight", "ratio": 0.5, "calibration": windows}
+    secateur.plan(str(llama), out=tmp_path / "a.json", **fields)
+    secateur.plan(str(llama), out=tmp_path / "b.json", removal="dsnot-published:threshold=0", **fields)
+    first, second = (load_plan(tmp_path / name).masks(0) for name in ("a.json", "b.json"))
+    moved = {name: not torch.equal(first[name], second[name]) for name in first}
+    assert {name: "mlp" not in name for name in first} == moved

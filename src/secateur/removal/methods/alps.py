@@ -2,41 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from pydantic import Field
 
-from secateur.options import Options
 from secateur.removal.alps import AlpsOptions, alps
 from secateur.removal.curvature import decompose
-from secateur.removal.least_squares import conjugate_gradient_on_support, refit_columns
-from secateur.removal.methods.base import Removal, Removed, Task
-from secateur.statistics import InputSecondMoment, Statistic
+from secateur.removal.least_squares import conjugate_gradient_on_support
+from secateur.removal.methods.base import Removed, Task
+from secateur.removal.methods.updating import Updating, UpdatingOptions
+from secateur.statistics import InputSecondMoment
 
 
-class ALPSOptions(Options):
-    dampening: float = Field(default=0.01, gt=0, le=1)
+class ALPSOptions(UpdatingOptions):
     rho: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     steps: int = Field(default=300, ge=1, le=100_000)
     fit_steps: int = Field(default=10, ge=0, le=100_000)
 
 
-class ALPS(Removal):
+class ALPS(Updating):
     """min ||W X - W' X||_F^2 by the alternating direction method of multipliers (arXiv 2406.07831; methods §12).
 
     With a criterion whose scores change as weights do (``sparsegpt``) the mask is found too, starting from magnitudes;
-    with any other it is that criterion's, and conjugate gradients fit what stays. Inputs that a cut leaves are fitted by
-    least squares.
+    with any other it is that criterion's, and conjugate gradients fit what stays.
     """
 
     name = "alps"
-    updates = True
     options_type = ALPSOptions
-
-    def needs(self) -> frozenset[type[Statistic]]:
-        return frozenset({InputSecondMoment})
 
     def remove(self, task: Task) -> Removed:
         if not task.adaptive or task.amount is None:
@@ -47,7 +37,7 @@ class ALPS(Removal):
         found = alps(
             task.weight_OI, hessian_II, task.amount, dampening=chosen.dampening, options=options, name=task.name
         )
-        return Removed(found.mask_OI, found.weight_OI, self._raised(found.dampening))
+        return Removed(found.mask_OI, found.weight_OI, self.raised(found.dampening))
 
     def _fitted(self, task: Task) -> Removed:
         """The criterion's mask, and the weights on it fitted."""
@@ -58,17 +48,7 @@ class ALPS(Removal):
         weight_OI = conjugate_gradient_on_support(
             start_OI, task.weight_OI @ hessian_II, hessian_II, mask_OI, self.options.fit_steps
         )
-        return Removed(mask_OI, weight_OI, self._raised(found.dampening))
-
-    def refit(
-        self, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
-    ) -> Removed:
-        hessian_II = statistics[InputSecondMoment].hessian_II()
-        weight_OK = refit_columns(weight_OI, hessian_II, kept_K, self.options.dampening)
-        return Removed(torch.ones_like(weight_OK, dtype=torch.bool), weight_OK)
-
-    def _raised(self, dampening: float) -> dict[str, float]:
-        return {"dampening": dampening} if dampening > self.options.dampening else {}
+        return Removed(mask_OI, weight_OI, self.raised(found.dampening))
 
     def scratch_bytes(self, outputs: int, inputs: int) -> int:
         return 4 * (

@@ -17,6 +17,7 @@ class DSnoTOptions(Options):
     threshold: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     power: float = Field(default=1.0, ge=0, le=16)
     sign: Literal["same", "any"] = "same"
+    skip: str = ""
 
 
 class DSnoT(Removal):
@@ -24,8 +25,7 @@ class DSnoT(Removal):
 
     The mask that the criterion gives is where it starts, N:M as well; how many leave each row stays. ``cycles``,
     ``threshold`` and ``power`` are the published defaults; ``sign=same`` stops a row before its error changes sign, as the
-    paper has it and N:M always does, ``sign=any`` is what the published command line does by default. That one also
-    leaves MLP matrices at their first mask; here all are refined.
+    paper has it and N:M always does; matrices whose name contains ``skip`` keep their first mask.
     """
 
     name = "dsnot"
@@ -36,6 +36,8 @@ class DSnoT(Removal):
 
     def remove(self, task: Task) -> Removed:
         options, amount = self.options, task.amount
+        if options.skip and options.skip in task.name:
+            return Removed(task.choose())
         swaps = SwapOptions(options.cycles, options.threshold, options.power, options.sign == "same")
         pattern = (amount.keep, amount.group) if amount is not None and amount.group else None
         return Removed(
@@ -49,3 +51,16 @@ class DSnoT(Removal):
                 pattern,
             )
         )
+
+
+class PublishedDSnoTOptions(DSnoTOptions):
+    sign: Literal["same", "any"] = "any"
+    skip: str = "mlp"
+
+
+class PublishedDSnoT(DSnoT):
+    """DSnoT as its published command line runs by default: errors may change sign, and MLP matrices keep their first mask
+    (methods §7.4)."""
+
+    name = "dsnot-published"
+    options_type = PublishedDSnoTOptions

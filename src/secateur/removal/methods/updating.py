@@ -1,0 +1,39 @@
+"""What removals share that update weights by the second moment of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from secateur.options import Options
+from secateur.removal.least_squares import refit_columns
+from secateur.removal.methods.base import Removal, Removed
+from secateur.statistics import InputSecondMoment, Statistic
+
+
+class UpdatingOptions(Options):
+    dampening: float = Field(default=0.01, gt=0, le=1)
+
+
+class Updating(Removal):
+    """min ||W X - W' X||_F^2 over the weights that stay. Inputs that a cut leaves are fitted by least squares."""
+
+    updates = True
+    options_type = UpdatingOptions
+
+    def needs(self) -> frozenset[type[Statistic]]:
+        return frozenset({InputSecondMoment})
+
+    def refit(
+        self, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
+    ) -> Removed:
+        hessian_II = statistics[InputSecondMoment].hessian_II()
+        weight_OK = refit_columns(weight_OI, hessian_II, kept_K, self.options.dampening)
+        return Removed(torch.ones_like(weight_OK, dtype=torch.bool), weight_OK)
+
+    def raised(self, dampening: float) -> dict[str, float]:
+        """The dampening, where it had to be more than was asked for."""
+        return {"dampening": dampening} if dampening > self.options.dampening else {}
