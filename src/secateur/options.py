@@ -33,7 +33,8 @@ class Named:
         self.options: Any = options if options is not None else self.options_type()
 
     def __str__(self) -> str:
-        chosen = ",".join(f"{key}={_text(value)}" for key, value in self.options.model_dump().items())
+        given = {key: value for key, value in self.options.model_dump().items() if value != ""}
+        chosen = ",".join(f"{key}={_text(value)}" for key, value in given.items())
         return f"{self.name}:{chosen}" if chosen else self.name
 
 
