@@ -135,7 +135,7 @@ class Preflight:
         self.limit = limit
         self.checkpoint, self.recipe, self.placement = checkpoint, recipe, placement
         self.windows, self.keeps_scores, self.writes = windows, keeps_scores, writes
-        self.needs, self.removal = recipe.needs(), recipe.parsed_removal()
+        self.needs, self.removal, self.policy = recipe.needs(), recipe.parsed_removal(), recipe.parsed_policy()
         self.micro_batch = micro_batch
         self.blocks = recipe.block_range(len(checkpoint.skeleton.blocks))
 
@@ -206,7 +206,7 @@ class Preflight:
 
     def _boundary(self) -> int:
         """Bytes of the hidden states of all windows."""
-        if not self.needs:
+        if not self.recipe.reads_text:
             return 0
         count, length = self.windows
         return count * length * self.checkpoint.config.get_text_config().hidden_size * self.placement.dtype.itemsize
@@ -218,7 +218,27 @@ class Preflight:
             self.recipe.propagate == "pruned" and bool(gradient_kinds(self.needs)) and self.recipe.gradient != "block"
         )
         boundaries = len(self.checkpoint.skeleton.blocks) - self.blocks.start + 2 if exact else 2
-        return boundaries * self._boundary(), waits
+        return max(boundaries * self._boundary(), int(self._variants() * self._boundary())), waits
+
+    def _variants(self) -> float:
+        """As many boundaries of all windows an allocation keeps that measures the loss with each block masked."""
+        if self.policy is None or not self.policy.measured:
+            return 0
+        return (len(self.blocks) + 2) * self._measured_share()
+
+    def _measured_share(self) -> float:
+        """The part of the windows that such an allocation measures on."""
+        assert self.policy is not None
+        return min(1.0, self.policy.options.windows / self.windows[0])
+
+    def _seconds_of_policy(self, probe: _Probe) -> float:
+        """Of the walk that an allocation takes beforehand; a spectrum takes about what reading a block does."""
+        count, forward = len(self.blocks), -(-self.windows[0] // self.micro_batch) * probe.forward
+        if self.policy is None:
+            return 0.0
+        if not self.policy.measured:
+            return count * (probe.read + (forward if self.policy.needs() else 0.0))
+        return count * (probe.read + self._measured_share() * forward * (len(self.checkpoint.skeleton.blocks) + 1) / 2)
 
     def _graphs(self, probe: _Probe) -> int:
         """Bytes that an exact backward walk keeps at most, so as not to run blocks again."""
@@ -254,7 +274,7 @@ class Preflight:
             seconds += count * (own + forward + probe.read)
         elif not gradients or self.recipe.gradient != "exact":
             seconds += count * (own + probe.read)
-        seconds += self._weights() * probe.scored
+        seconds += self._weights() * probe.scored + self._seconds_of_policy(probe)
         written = 3 * count * probe.read if self.writes else 0.0  # read, written, read again to be checked
         return seconds + written
 
@@ -282,7 +302,7 @@ class Preflight:
     def _probe(self, micro_batch: int) -> _Probe:
         entering: list[torch.Tensor] = []
         calls = None
-        if self.needs:
+        if self.recipe.reads_text:
             ids_BT = torch.zeros(min(micro_batch, self.windows[0]), self.windows[1], dtype=torch.int64)
             inputs = [named_inputs(ids_BT)]
             calls = enter(self.checkpoint, inputs, lambda _, x: entering.append(x), placement=self.placement)
@@ -294,7 +314,7 @@ class Preflight:
         return probe
 
     def _time(self, block: nn.Module, run: _Run, probe: _Probe) -> None:
-        if self.needs:
+        if self.recipe.reads_text:
             probe.forward = self._seconds_of(run.forward)
         if gradient_kinds(self.needs):  # also where they are estimated: their statistics are of the same sizes
             probe.graph = bytes_kept(block, run.with_graph)

@@ -162,3 +162,23 @@ def test_preparing_happens_once(llama_folder, windows_file, tmp_path, monkeypatc
     monkeypatch.setattr(stepping, "prepare", lambda *a: (seen.append(1), original(*a)))
     secateur.prune(str(llama_folder), tmp_path / "o", calibration=str(windows_file), unit="channel", ratio=0.4, steps=2)
     assert seen == [1]
+
+
+def test_an_allocation_that_is_measured_is_counted(tmp_path, save, windows_file):
+    """Even where the criterion itself reads no text."""
+
+    def estimate(allocation):
+        fields = {
+            "criterion": "magnitude",
+            "unit": "weight",
+            "calibration": str(windows_file),
+            "allocation": allocation,
+        }
+        recipe = recipe_from(model=str(folder), memory="100MiB", **fields)
+        planner = Planner(open_checkpoint(str(folder)), recipe, Workplace(tmp_path / "scratch", None))
+        return planner.estimate(None)
+
+    folder = save(tiny_llama(num_hidden_layers=6))
+    plain, measured = estimate("uniform"), estimate("sensitivity:windows=4")
+    assert measured.scratch + measured.kept > plain.scratch + plain.kept
+    assert measured.seconds > plain.seconds
