@@ -42,6 +42,14 @@ def test_dense_and_wanda_at_half(smollm2, reference, tmp_path):
     assert reference_perplexity(tmp_path / "out", reference) == pytest.approx(61.763, rel=0.005)
 
 
+def test_sparsegpt_at_half(smollm2, reference, tmp_path):
+    calibration = str(reference / "calibration-tokens.safetensors")
+    secateur.prune(
+        str(smollm2), tmp_path / "out", criterion="sparsegpt", unit="weight", ratio=0.5, calibration=calibration
+    )
+    assert reference_perplexity(tmp_path / "out", reference) == pytest.approx(50.205, rel=0.01)
+
+
 def test_streamed_gradients_equal_plain_backpropagation(smollm2, reference, tmp_path):
     ids_NT = load_file(reference / "calibration-tokens.safetensors")["input_ids"][:2]
     model = secateur.load(smollm2)
