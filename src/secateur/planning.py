@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -292,12 +292,7 @@ class Planner:
         missing = self._undecided(plan)
         if missing:
             remover = self._remover(WeightChooser(self.recipe, list))
-
-            def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
-                self._decide(plan, remover, index, block, statistics)
-                self._gathering.note_finished(missing, index)
-
-            self._gathering.visit_dense(needs, missing, visit)
+            self._walk(needs, missing, partial(self._decide, plan, remover))
 
     def _choose_on_the_way(
         self, plan: Plan, on_the_way: frozenset[type[Statistic]], beforehand: frozenset[type[Statistic]]
@@ -314,7 +309,7 @@ class Planner:
                 add_states(statistics, whole(gradients.get(index)), beforehand)
             return self._decide(plan, remover, index, block, statistics)
 
-        self._walk_pruned(on_the_way, missing, decide)
+        self._walk(on_the_way, missing, decide)
 
     def _fit_to_scores(self, plan: Plan, store: BlockStore) -> None:
         """What leaves is chosen over the whole model by kept scores; then, in a walk of its own, weights are fitted to it."""
@@ -328,24 +323,25 @@ class Planner:
             kept = weight_scores(store.get(index)) if self.recipe.masks_weights else None
             return self._decide(plan, remover, index, block, statistics, removals.get(index, []), kept)
 
-        if self.recipe.propagate == "pruned":
-            self._walk_pruned(self.removal.needs(), missing, decide)
-        else:
+        self._walk(self.removal.needs(), missing, decide)
 
-            def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> None:
-                decide(index, block, statistics)
-                self._gathering.note_finished(missing, index)
+    def _walk(self, needs: frozenset[type[Statistic]], missing: list[int], decide: Decide) -> None:
+        """Decide block by block on what is measured of each, the dense model's or what the pruned blocks before it give."""
 
-            self._gathering.visit_dense(self.removal.needs(), missing, visit)
-
-    def _walk_pruned(self, needs: frozenset[type[Statistic]], missing: list[int], decide: Decide) -> None:
-        def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor]:
+        def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor] | None:
             decision = decide(index, block, statistics)
             self._gathering.note_finished(missing, index)
+            if not pruned:
+                return None
             own = self.checkpoint.dtype != self.workplace.placement.dtype  # else they are mapped from the file
             return decision.in_dense_shapes(block.state_dict(), in_place=own)
 
-        self._gathering.sweep().pruned(needs, self.blocks, visit, done=min(missing))
+        # Without statistics of the blocks' inputs there is nothing that pruned blocks could change.
+        pruned = self.recipe.propagate == "pruned" and bool(self._on_the_way(needs)[0])
+        if pruned:
+            self._gathering.sweep().pruned(needs, self.blocks, visit, done=min(missing))
+        else:
+            self._gathering.visit_dense(needs, missing, visit)
 
     def _decide(
         self,

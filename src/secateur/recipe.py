@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from secateur.allocation.policies import POLICIES
 from secateur.allocation.policy import Policy
+from secateur.allocation.uniform import ROUNDED
 from secateur.criteria import BlockCriterion, Criterion, criterion_from
 from secateur.criteria.base import Within
 from secateur.errors import RecipeError, suggest
@@ -25,8 +26,6 @@ CUT_KINDS = ("block", "hidden", "head", "query", "expert", "channel")
 
 SPANNING = ("block", "hidden")
 """Units of the model as a whole: one choice, for which every block has to be scored first."""
-ROUNDED = ("channel", "hidden")
-"""Units whose number kept is rounded: widths of matrices."""
 
 PUBLISHED_ENDS = (4, 2)
 """Blocks of LLaMA-7B's 32 that LLM-Pruner keeps whole at the start and at the end (methods §14.3)."""

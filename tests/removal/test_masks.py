@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from secateur.errors import RecipeError
 from secateur.removal import masks, threshold
-from secateur.removal.masks import layer_mask, n_of_m_mask, pack, row_mask, threshold_mask, unpack
+from secateur.removal.masks import n_of_m_mask, pack, row_mask, threshold_mask, unpack
+from secateur.removal.selection import without_lowest
 
 scores = st.builds(
     lambda rows, groups, group, seed: (torch.randint(5, (rows, groups * group), generator=torch.Generator().manual_seed(seed)).float(), group),
@@ -32,7 +33,7 @@ def test_n_of_m_keeps_the_highest_of_every_group(drawn, data):
 @given(scores, st.floats(0, 0.999))
 def test_layer_counts_and_packing(drawn, ratio):
     score_OI, _ = drawn
-    mask = layer_mask(score_OI, ratio)
+    mask = without_lowest(score_OI, int(score_OI.numel() * ratio))
     assert int((~mask).sum()) == int(score_OI.numel() * ratio)
     assert torch.equal(unpack(pack(mask), tuple(mask.shape)), mask)
 
@@ -87,16 +88,24 @@ def test_selection_takes_what_a_stable_sort_takes(kind, rows, inputs, ratio, see
     score_OI = scores_of(kind, rows, inputs, seed)
     assert torch.equal(row_mask(score_OI, ratio), lowest_by_sort(score_OI, int(inputs * ratio)))
     by_layer = lowest_by_sort(score_OI.reshape(1, -1), int(score_OI.numel() * ratio))
-    assert torch.equal(layer_mask(score_OI, ratio), by_layer.reshape(rows, inputs))
+    assert torch.equal(without_lowest(score_OI, int(score_OI.numel() * ratio)), by_layer.reshape(rows, inputs))
 
 
 @pytest.mark.parametrize("kind", ["apart", "tied", "zeros", "equal"])
 def test_the_size_of_the_parts_changes_nothing(kind, monkeypatch):
     score_OI = scores_of(kind, 37, 64, 0)
-    whole = [row_mask(score_OI, 0.37), layer_mask(score_OI, 0.37), n_of_m_mask(score_OI, 3, 8, "w")]
+    whole = [
+        row_mask(score_OI, 0.37),
+        without_lowest(score_OI, int(score_OI.numel() * 0.37)),
+        n_of_m_mask(score_OI, 3, 8, "w"),
+    ]
     monkeypatch.setattr(masks, "CHUNK", 130)
     monkeypatch.setattr(threshold, "CHUNK", 100)
-    parts = [row_mask(score_OI, 0.37), layer_mask(score_OI, 0.37), n_of_m_mask(score_OI, 3, 8, "w")]
+    parts = [
+        row_mask(score_OI, 0.37),
+        without_lowest(score_OI, int(score_OI.numel() * 0.37)),
+        n_of_m_mask(score_OI, 3, 8, "w"),
+    ]
     assert all(torch.equal(one, other) for one, other in zip(whole, parts, strict=True))
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from secateur.errors import RecipeError
-from secateur.removal.threshold import exact_threshold
 
 CHUNK = 1 << 22
 """Scores looked at together: what is computed on the way (a copy, indices, flags) is bounded by it, not by the matrix."""
@@ -26,14 +25,6 @@ def row_mask(score_OI: torch.Tensor, ratio: float) -> torch.Tensor:
 def rows_without_lowest(score_OI: torch.Tensor, leaving: int) -> torch.Tensor:
     """In every row the ``leaving`` lowest leave."""
     return _by_rows(score_OI, lambda score_RI: _without_lowest(score_RI, leaving))
-
-
-def layer_mask(score_OI: torch.Tensor, ratio: float) -> torch.Tensor:
-    """Of the whole matrix the ``int(O * I * ratio)`` lowest leave; scores are float32."""
-    leaving = int(score_OI.numel() * ratio)
-    if not leaving:
-        return torch.ones_like(score_OI, dtype=torch.bool)
-    return threshold_mask(score_OI, *exact_threshold(lambda: [score_OI], leaving))[0]
 
 
 def n_of_m_mask(score_OI: torch.Tensor, keep: int, group: int, name: str) -> torch.Tensor:

@@ -44,6 +44,5 @@ class SparseGPT(Updating):
         return Removed(found.mask_OI, found.weight_OI, self.raised(found.dampening))
 
     def scratch_bytes(self, outputs: int, inputs: int) -> int:
-        return 4 * (
-            4 * inputs * inputs + 3 * outputs * inputs
-        )  # the Hessian damped, inverted and factored; weights twice, errors
+        # The Hessian as it is, damped, inverted and factored; the weights twice, and the errors of a block of columns.
+        return 4 * (4 * inputs * inputs + 3 * outputs * inputs)
