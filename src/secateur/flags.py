@@ -77,6 +77,14 @@ FLAGS: dict[str, Any] = {
             show_default=False,
         ),
     ],
+    "reconstruct": Annotated[
+        str | None,
+        typer.Option(
+            help="`block`: what stays of each block is fitted to what the dense model gives there, by gradients, one block in memory; "
+            "options ride on the name: `block:epochs=5,rate=0.005`. [default: none]",
+            show_default=False,
+        ),
+    ],
     "allocation": Annotated[
         str | None,
         typer.Option(

@@ -26,12 +26,12 @@ from secateur.plans import Plan
 from secateur.preflight import Estimate, Preflight, limit_of
 from secateur.recipe import SPANNING, Recipe
 from secateur.removal.decision import BlockDecision, Removals
-from secateur.removing import Remover, share_among
+from secateur.removing import Remover, reconstruct, share_among
 from secateur.scoring import BlockScorer, weight_scores
 from secateur.statistics import Statistic, add_states, gradient_kinds
 from secateur.statistics.half import whole
 from secateur.structure import OUTSIDE, Structure, cut_shapes, find_all_units
-from secateur.sweep import BlockStatistics
+from secateur.sweep import BlockStatistics, Fit, Passage
 
 DECISIONS = "decisions"
 """The folder of what has been decided, a file a block."""
@@ -68,6 +68,7 @@ class Planner:
     ) -> None:
         self.checkpoint, self.recipe, self.workplace = checkpoint, recipe, workplace
         self.criterion, self.removal, self.goal = recipe.parsed_criterion(), recipe.parsed_removal(), goal
+        self.reconstruction = recipe.parsed_reconstruction()
         self.blocks = recipe.block_range(len(checkpoint.skeleton.blocks))
         if windows is not None:
             self.windows = windows
@@ -76,6 +77,10 @@ class Planner:
                 checkpoint.skeleton.prunable(index)
         if recipe.ratio == 0:
             raise removes_nothing(recipe)
+        if self.reconstruction is not None and workplace.workers.size > 1:
+            raise RecipeError(
+                f"--reconstruct {self.reconstruction.name} runs in one process; start it without torchrun, or leave it out"
+            )
         self.chooser = Chooser(checkpoint, self.structure, recipe, goal, lambda: self._gathering.figures)
         if goal is None:
             self._check_amounts()
@@ -107,7 +112,7 @@ class Planner:
                 f"{place.workers.size} workers cannot share {count} calibration windows; start at most {count}, or give more "
                 "--windows"
             )
-        dense = recipe.propagate == "dense" or not self._on_the_way(recipe.needs())[0]
+        dense = recipe.propagate == "dense" or not (self._on_the_way(recipe.needs())[0] or self.reconstruction)
         kept = 4 * self._maskable() if dense and recipe.masks_weights and self._keeps_scores else 0
         of_this = (max(1, len(place.workers.share(count))), length)
         micro_batch = place.micro_batch or recipe.micro_batch
@@ -127,9 +132,9 @@ class Planner:
         workers = self.workplace.workers
         plan.keep_in(self.workplace.scratch / (DECISIONS if workers.leads else f"{DECISIONS}-{workers.rank}"))
         on_the_way, beforehand = self._on_the_way(needs)
-        if self.recipe.is_global and self.removal.updates:
+        if self.recipe.is_global and self.recipe.updates:
             self._fit_to_scores(plan, self._dense_scores(self.criterion.needs()))
-        elif self.recipe.propagate == "pruned" and on_the_way:
+        elif self.recipe.propagate == "pruned" and (on_the_way or self.reconstruction):
             self._choose_on_the_way(plan, on_the_way, beforehand)
         elif not self._keeps_scores:
             self._choose_in_dense(plan, needs)
@@ -225,7 +230,7 @@ class Planner:
         """
         if self.recipe.is_global:
             return True
-        if self.removal.needs():
+        if self.removal.needs() or self.reconstruction:
             return False
         return not self.recipe.masks_weights or 4 * self._maskable() <= KEPT_SCORES
 
@@ -292,7 +297,7 @@ class Planner:
         missing = self._undecided(plan)
         if missing:
             remover = self._remover(WeightChooser(self.recipe, list))
-            self._walk(needs, missing, partial(self._decide, plan, remover))
+            self._walk(plan, needs, missing, partial(self._decide, remover))
 
     def _choose_on_the_way(
         self, plan: Plan, on_the_way: frozenset[type[Statistic]], beforehand: frozenset[type[Statistic]]
@@ -307,9 +312,9 @@ class Planner:
         def decide(index: int, block: nn.Module, statistics: BlockStatistics) -> BlockDecision:
             if gradients is not None:
                 add_states(statistics, whole(gradients.get(index)), beforehand)
-            return self._decide(plan, remover, index, block, statistics)
+            return self._decide(remover, index, block, statistics)
 
-        self._walk(on_the_way, missing, decide)
+        self._walk(plan, on_the_way, missing, decide)
 
     def _fit_to_scores(self, plan: Plan, store: BlockStore) -> None:
         """What leaves is chosen over the whole model by kept scores; then, in a walk of its own, weights are fitted to it."""
@@ -321,31 +326,45 @@ class Planner:
 
         def decide(index: int, block: nn.Module, statistics: BlockStatistics) -> BlockDecision:
             kept = weight_scores(store.get(index)) if self.recipe.masks_weights else None
-            return self._decide(plan, remover, index, block, statistics, removals.get(index, []), kept)
+            return self._decide(remover, index, block, statistics, removals.get(index, []), kept)
 
-        self._walk(self.removal.needs(), missing, decide)
+        self._walk(plan, self.removal.needs(), missing, decide)
 
-    def _walk(self, needs: frozenset[type[Statistic]], missing: list[int], decide: Decide) -> None:
+    def _walk(self, plan: Plan, needs: frozenset[type[Statistic]], missing: list[int], decide: Decide) -> None:
         """Decide block by block on what is measured of each, the dense model's or what the pruned blocks before it give."""
+        waiting: dict[int, BlockDecision] = {}
+
+        def settle(index: int, decision: BlockDecision) -> None:
+            plan.add(index, decision)
+            self._gathering.note_finished(missing, index)
 
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor] | None:
             decision = decide(index, block, statistics)
-            self._gathering.note_finished(missing, index)
+            if self.reconstruction is not None:
+                waiting[index] = decision
+                return None
+            settle(index, decision)
             if not pruned:
                 return None
             own = self.checkpoint.dtype != self.workplace.placement.dtype  # else they are mapped from the file
             return decision.in_dense_shapes(block.state_dict(), in_place=own)
 
+        def fit(index: int, block: nn.Module, passage: Passage) -> Mapping[str, torch.Tensor]:
+            decision = waiting.pop(index)
+            replaced = reconstruct(self.checkpoint, self.recipe, index, block, decision, passage)
+            settle(index, decision)
+            return replaced
+
         # Without statistics of the blocks' inputs there is nothing that pruned blocks could change.
-        pruned = self.recipe.propagate == "pruned" and bool(self._on_the_way(needs)[0])
+        pruned = self.recipe.propagate == "pruned" and bool(self._on_the_way(needs)[0] or self.reconstruction)
         if pruned:
-            self._gathering.sweep().pruned(needs, self.blocks, visit, done=min(missing))
+            fitting = Fit(fit, self.reconstruction.forwards) if self.reconstruction else None
+            self._gathering.sweep().pruned(needs, self.blocks, visit, done=min(missing), fit=fitting)
         else:
             self._gathering.visit_dense(needs, missing, visit)
 
     def _decide(
         self,
-        plan: Plan,
         remover: Remover,
         index: int,
         block: nn.Module,
@@ -353,7 +372,7 @@ class Planner:
         removals: Removals | None = None,
         kept_scores: Mapping[str, torch.Tensor] | None = None,
     ) -> BlockDecision:
-        """Choose in one block, by its own scores unless ``removals`` says what is cut, and put it into the plan."""
+        """Choose in one block, by its own scores unless ``removals`` says what is cut."""
         scorer = self._scorer(index, block, statistics)
         if removals is None:
             units = scorer.of_units(self.chooser.groups(index)) if self.recipe.cut_kinds else {}
@@ -362,7 +381,6 @@ class Planner:
         own = [name for place, name in enumerate(touched) if self.workplace.workers.mine(place)]
         decision = remover.in_block(index, removals, scorer, own, kept_scores)
         share_among(self.workplace.workers, self.checkpoint, decision, index, touched)
-        plan.add(index, decision)
         return decision
 
     def _undecided(self, plan: Plan) -> list[int]:

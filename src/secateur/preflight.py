@@ -136,6 +136,7 @@ class Preflight:
         self.checkpoint, self.recipe, self.placement = checkpoint, recipe, placement
         self.windows, self.keeps_scores, self.writes = windows, keeps_scores, writes
         self.needs, self.removal, self.policy = recipe.needs(), recipe.parsed_removal(), recipe.parsed_policy()
+        self.reconstruction = recipe.parsed_reconstruction()
         self.micro_batch = micro_batch
         self.blocks = recipe.block_range(len(checkpoint.skeleton.blocks))
 
@@ -144,7 +145,7 @@ class Preflight:
         probe = self._probed()
         boundaries, spilled_gradients = self._between_blocks()
         limit = self.limit
-        memory = int(SLACK * max(self._scoring(), self._running(probe))) + memory_now()
+        memory = int(SLACK * max(self._scoring(), self._running(probe), self._fitting(probe))) + memory_now()
         gradients = 2 * self._weights() if spilled_gradients else 0
         return Estimate(
             memory=memory,
@@ -193,8 +194,14 @@ class Preflight:
         """Bytes while a block is scored."""
         largest = max(map(math.prod, self._matrices()), default=0)
         removing = max((self.removal.scratch_bytes(*shape) for shape in self._matrices()), default=0)
-        numbers = self._bytes_of_block() if self.removal.updates else 0
+        numbers = self._bytes_of_block() if self.recipe.updates else 0
         return self._block() + self._statistics() + max(SCORING * 4 * largest, removing) + numbers
+
+    def _fitting(self, probe: _Probe) -> int:
+        """Bytes while a block is fitted: beside it float32 copies, gradients, two moments, the best so far, and a graph."""
+        if self.reconstruction is None:
+            return 0
+        return 2 * self._block() + 5 * 4 * sum(map(math.prod, self._matrices())) + probe.graph + probe.peak
 
     def _running(self, probe: _Probe) -> int:
         """Bytes while a block runs, or while the head does."""
@@ -217,7 +224,8 @@ class Preflight:
         waits = (
             self.recipe.propagate == "pruned" and bool(gradient_kinds(self.needs)) and self.recipe.gradient != "block"
         )
-        boundaries = len(self.checkpoint.skeleton.blocks) - self.blocks.start + 2 if exact else 2
+        walking = 4 if self.reconstruction else 2  # the dense model's walk along
+        boundaries = len(self.checkpoint.skeleton.blocks) - self.blocks.start + 2 if exact else walking
         return max(boundaries * self._boundary(), int(self._variants() * self._boundary())), waits
 
     def _variants(self) -> float:
@@ -249,7 +257,7 @@ class Preflight:
 
     def _numbers(self) -> int:
         """Bytes of new numbers, which wait for the plan to be carried out."""
-        return len(self.blocks) * self._bytes_of_block() if self.removal.updates else 0
+        return len(self.blocks) * self._bytes_of_block() if self.recipe.updates else 0
 
     def _bytes_of_block(self) -> int:
         """One block's matrices as they are stored."""
@@ -270,7 +278,9 @@ class Preflight:
             seconds += count * (2 * (self.recipe.queries or 0) * forward + probe.read)
         own = both if gradients and self.recipe.gradient == "block" else forward
         from_inputs = any(issubclass(kind, InputStatistic) for kind in self.needs)
-        if self.recipe.propagate == "pruned" and from_inputs:
+        if self.reconstruction is not None:
+            seconds += count * ((3 + self.reconstruction.forwards) * forward + probe.read)
+        elif self.recipe.propagate == "pruned" and from_inputs:
             seconds += count * (own + forward + probe.read)
         elif not gradients or self.recipe.gradient != "exact":
             seconds += count * (own + probe.read)
@@ -316,7 +326,9 @@ class Preflight:
     def _time(self, block: nn.Module, run: _Run, probe: _Probe) -> None:
         if self.recipe.reads_text:
             probe.forward = self._seconds_of(run.forward)
-        if gradient_kinds(self.needs):  # also where they are estimated: their statistics are of the same sizes
+        if (
+            gradient_kinds(self.needs) or self.recipe.reconstruct
+        ):  # also where they are estimated: their statistics are of the same sizes
             probe.graph = bytes_kept(block, run.with_graph)
             probe.both = self._seconds_of(run.forward_and_back)
         weights = run.smallest() if not isinstance(self.recipe.parsed_criterion(), BlockCriterion) else 0

@@ -17,6 +17,7 @@ from secateur.criteria.base import Within
 from secateur.errors import RecipeError, suggest
 from secateur.options import parse_named
 from secateur.quantities import NofM, Target, is_n_of_m, parse_bytes, parse_target
+from secateur.reconstruction import Reconstruction, reconstruction_from
 from secateur.removal.methods import Removal, removal_from
 from secateur.statistics import GradientSource, Statistic, gradient_kinds
 from secateur.yamlfile import read_yaml
@@ -58,6 +59,8 @@ class Recipe(BaseModel):
             or the whole model (``global``); by default as the criterion was published.
         removal: how what was chosen leaves: ``mask`` (zeroed), or ``name:option=value,...`` of one that refines the mask or
             gives the weights that stay new numbers; by default as the criterion was published.
+        reconstruct: how what stays of each block is then fitted to what the dense model gives there:
+            ``name:option=value,...``; None: not at all.
         allocation: ``uniform`` over blocks, ``two-tier`` (both ends kept whole, uniform between), ``global`` over the
             model, scores taken per parameter, or ``name:option=value,...`` of a policy that gives each block its own ratio.
         protect: two-tier: ``FIRST:LAST``, how many blocks at each end are kept whole; by default the published 4 and 2 of
@@ -93,6 +96,7 @@ class Recipe(BaseModel):
     round_to: int = Field(default=1, ge=1, le=65536)
     within: Within | None = None
     removal: str | None = None
+    reconstruct: str | None = None
     allocation: str = "uniform"
     protect: str | None = None
     rank: Literal["together", "apart"] = "together"
@@ -139,10 +143,12 @@ class Recipe(BaseModel):
         self._check_block_criterion(criterion)
         self._settle_gradient(criterion)
         removal = self._settle_removal(criterion)
+        self._settle_reconstruction()
         if self.propagate is None:
-            published = "pruned" if removal.needs() else "dense" if self.is_global else criterion.propagation
+            on_pruned = removal.needs() or self.reconstruct
+            published = "pruned" if on_pruned else "dense" if self.is_global else criterion.propagation
             object.__setattr__(self, "propagate", published)
-        if self.is_global and self.propagate == "pruned" and not removal.updates:
+        if self.is_global and self.propagate == "pruned" and not self.updates:
             raise RecipeError(
                 "a choice over the whole model needs every block's score before anything leaves; use --propagate dense with it"
             )
@@ -179,6 +185,32 @@ class Recipe(BaseModel):
                 f"--removal {removal.name} works block by block, and this choice is over the whole model; leave one out"
             )
         return removal
+
+    def _settle_reconstruction(self) -> None:
+        """Write out how what stays is fitted, and refuse where it cannot be."""
+        if self.reconstruct in (None, "none"):
+            object.__setattr__(self, "reconstruct", None)
+            return
+        method = reconstruction_from(str(self.reconstruct))
+        object.__setattr__(self, "reconstruct", str(method))
+        if "hidden" in self.cut_kinds or "block" in self.cut_kinds:
+            spanning = " and ".join(kind for kind in self.cut_kinds if kind in SPANNING)
+            raise RecipeError(
+                f"--reconstruct {method.name} fits blocks one by one, and {spanning} units leave the model as a whole; take "
+                "them out in a run of their own"
+            )
+        if self.within == "global" and self.masks_weights:
+            raise RecipeError(
+                f"--reconstruct {method.name} goes block by block, and --within global chooses over the whole model; choose "
+                "within row, share, block or layer"
+            )
+        if self.steps > 1:
+            raise RecipeError(f"--reconstruct {method.name} fits the dense model's blocks once; leave --steps out")
+        if self.propagate == "dense":
+            raise RecipeError(
+                f"--reconstruct {method.name} fits each block to what the pruned blocks before it give; leave "
+                "--propagate dense out"
+            )
 
     def _settle_gradient(self, criterion: Criterion) -> None:
         if gradient_kinds(criterion.needs()):
@@ -349,7 +381,9 @@ class Recipe(BaseModel):
     def reads_text(self) -> bool:
         """Whether anything is measured on calibration windows."""
         policy = self.parsed_policy()
-        return bool(self.needs()) or (policy is not None and (policy.measured or bool(policy.needs())))
+        return bool(self.needs() or self.reconstruct) or (
+            policy is not None and (policy.measured or bool(policy.needs()))
+        )
 
     def parsed_policy(self) -> Policy | None:
         """The policy that gives each block its own ratio; None where the allocation is not one."""
@@ -360,6 +394,15 @@ class Recipe(BaseModel):
     def parsed_removal(self) -> Removal:
         """How what was chosen leaves."""
         return removal_from(self.removal or "mask")
+
+    def parsed_reconstruction(self) -> Reconstruction | None:
+        """How what stays is fitted; None where it is not."""
+        return None if self.reconstruct is None else reconstruction_from(self.reconstruct)
+
+    @property
+    def updates(self) -> bool:
+        """Whether weights that stay get new numbers."""
+        return self.parsed_removal().updates or self.reconstruct is not None
 
     def parsed_criterion(self) -> Criterion:
         """The criterion with its options."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from secateur.allocation.mask_amounts import MaskAmounts
 from secateur.allocation.weights import WeightChooser, surviving
@@ -14,10 +15,12 @@ from secateur.console import log
 from secateur.errors import ModelError
 from secateur.finite import all_finite
 from secateur.recipe import Recipe
+from secateur.reconstruction import FittedBlock
 from secateur.removal.decision import BlockDecision, Removals
 from secateur.removal.methods import Removed, Task
 from secateur.scoring import BlockScorer
 from secateur.statistics import InputStatistic, Statistic
+from secateur.sweep import Passage
 from secateur.workers import Workers
 
 
@@ -71,7 +74,7 @@ class Remover:
             if self._recipe.masks_weights:
                 decision.masks[name] = removed.mask_OI
             if removed.weight_OI is not None:
-                decision.numbers[name] = self._stored(index, name, removed.weight_OI)
+                decision.numbers[name] = _stored(self._checkpoint, index, name, removed.weight_OI, self._removal.name)
             for key, value in removed.notes.items():
                 log.info("%s: %s %g.", self._full(index, name), key, value)
                 decision.notes[key] = max(value, decision.notes.get(key, value))
@@ -84,7 +87,7 @@ class Remover:
 
     @property
     def _touches_weights(self) -> bool:
-        return self._recipe.masks_weights or self._removal.updates
+        return self._recipe.masks_weights or self._recipe.updates
 
     def _shapes(self, index: int) -> Mapping[str, torch.Tensor]:
         return self._checkpoint.skeleton.blocks[index].state_dict()
@@ -129,16 +132,40 @@ class Remover:
         )
         return self._removal.remove(task)
 
-    def _stored(self, index: int, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
-        """New numbers in the dtype that the checkpoint has, which is what the next block sees."""
-        parameter = self._checkpoint.skeleton.prunable(index)[name].parameter
-        stored = weight_OI.to(self._checkpoint.tensors[self._full(index, parameter)].dtype)
-        if not all_finite(stored):
-            raise ModelError(
-                f"{self._removal.name} gives new weights of '{self._full(index, name)}' that are not finite in {stored.dtype}; "
-                "give more --windows, or a larger dampening"
-            )
-        return stored
+
+def reconstruct(
+    checkpoint: Checkpoint, recipe: Recipe, index: int, block: nn.Module, decision: BlockDecision, passage: Passage
+) -> dict[str, torch.Tensor]:
+    """Fit what ``decision`` leaves of a block; its new numbers become part of the decision.
+
+    Args:
+        block: dense, in memory.
+
+    Returns:
+        the block's tensors in dense shapes, as later blocks see them.
+    """
+    method = recipe.parsed_reconstruction()
+    assert method is not None
+    fitted = FittedBlock(block, decision)
+    notes = method.fit(fitted, passage, recipe.seed + index)
+    for name, weight_OI in fitted.numbers():
+        decision.numbers[name] = _stored(checkpoint, index, name, weight_OI, method.name)
+    for key, value in notes.items():
+        decision.notes[key] = value
+    return fitted.finished()
+
+
+def _stored(checkpoint: Checkpoint, index: int, name: str, weight_OI: torch.Tensor, by: str) -> torch.Tensor:
+    """New numbers in the dtype that the checkpoint has, which is what the next block sees."""
+    skeleton = checkpoint.skeleton
+    prefix, parameter = skeleton.block_prefix(index), skeleton.prunable(index)[name].parameter
+    stored = weight_OI.to(checkpoint.tensors[prefix + parameter].dtype)
+    if not all_finite(stored):
+        raise ModelError(
+            f"{by} gives new weights of '{prefix}{name}' that are not finite in {stored.dtype}; "
+            "give more --windows, or a larger dampening"
+        )
+    return stored
 
 
 def _selected(

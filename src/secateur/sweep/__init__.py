@@ -3,6 +3,6 @@
 from secateur.statistics import BlockStatistics
 from secateur.sweep.noise import Queries
 from secateur.sweep.sweep import Sweep, require_causal
-from secateur.sweep.walk import SweepSettings, Visit
+from secateur.sweep.walk import Fit, Passage, SweepSettings, Visit
 
-__all__ = ["BlockStatistics", "Queries", "Sweep", "SweepSettings", "Visit", "require_causal"]
+__all__ = ["BlockStatistics", "Fit", "Passage", "Queries", "Sweep", "SweepSettings", "Visit", "require_causal"]

@@ -53,7 +53,7 @@ class BackwardWalk(Walk):
             entering = start == 0 and 0 not in inputs.committed()
             calls = self.enter(inputs if entering else None)
             if entering:
-                self.commit(inputs, 0)
+                self.commit(0, inputs)
             kept: dict[tuple[int, int], Kept] = {}
             fresh_start = top is None and start == 0
             keep_from = self._keep_from(calls, inputs, blocks.start) if fresh_start else count
@@ -108,7 +108,7 @@ class BackwardWalk(Walk):
                 if from_inputs and index in blocks:
                     self.merge(statistics)
                     states.put(index, as_states(statistics))
-                self.commit(inputs, index + 1)
+                self.commit(index + 1, inputs)
                 if not keep_from > index >= blocks.start:
                     inputs.drop(lambda boundary, index=index: boundary == index)  # type: ignore[misc]
                 advance()
@@ -157,7 +157,7 @@ class BackwardWalk(Walk):
             raise ModelError(
                 "the loss of the dense model is not finite on the calibration windows; its weights are damaged"
             )
-        self.commit(gradients, count)
+        self.commit(count, gradients)
 
     # -- backward
 
@@ -186,7 +186,7 @@ class BackwardWalk(Walk):
                         self._add_inputs(statistics, states, index, from_inputs)
                         visit(index, block, statistics)
                     del statistics  # as large as the block's weights
-                self.commit(gradients, index)
+                self.commit(index, gradients)
                 gradients.drop_behind(index, forward=False)
                 safe = min(gradients.committed(), default=count)
                 inputs.drop(lambda boundary, safe=safe: boundary >= safe)  # type: ignore[misc]

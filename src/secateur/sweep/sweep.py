@@ -17,7 +17,7 @@ from secateur.statistics import BlockStatistics, GradientStatistic, Statistic, g
 from secateur.sweep.backward import BackwardWalk
 from secateur.sweep.boundary import DamagedBoundaryError
 from secateur.sweep.forward_only import ForwardOnlyWalk, estimated
-from secateur.sweep.walk import ForwardWalk, SweepSettings, Visit
+from secateur.sweep.walk import Fit, ForwardWalk, SweepSettings, Visit
 
 
 class Sweep:
@@ -62,7 +62,7 @@ class Sweep:
 
     def _forward(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit) -> None:
         def walk() -> None:
-            ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "forward").run(needs, blocks, visit, pruned=False)
+            ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "forward").run(needs, blocks, visit)
 
         self._again_if_damaged(walk, "forward")
 
@@ -107,7 +107,14 @@ class Sweep:
 
         return visit_with_gradients
 
-    def pruned(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, done: int | None = None) -> None:
+    def pruned(
+        self,
+        needs: frozenset[type[Statistic]],
+        blocks: range,
+        visit: Visit,
+        done: int | None = None,
+        fit: Fit | None = None,
+    ) -> None:
         """Visit the blocks first to last; each sees the inputs that the blocks before it give after their visit.
 
         A block's statistics come from one run with its dense weights (methods §0.1); what ``visit`` returns then
@@ -116,12 +123,14 @@ class Sweep:
 
         Args:
             done: the first block whose visit is not known to be done and on disk; those before it may be left out.
+            fit: called after each visit with what goes through the block, pruned and dense; what it returns then replaces
+                weights instead.
         """
         assert self.settings.gradient == "block" or not gradient_kinds(needs)
 
         def walk() -> None:
-            forward = ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "pruned")
-            forward.run(needs, blocks, visit, pruned=True, done=done)
+            forward = ForwardWalk(self.checkpoint, self.ids_NT, self.settings, "pruned", pruned=True, fit=fit)
+            forward.run(needs, blocks, visit, done)
 
         self._again_if_damaged(walk, "pruned")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,6 +42,40 @@ Visit = Callable[[int, nn.Module, BlockStatistics], Mapping[str, torch.Tensor] |
 """Called with a block while its weights are in memory; what it returns replaces weights before the block's outputs
 are computed anew (pruned propagation). What it decides has to be on disk when it returns: a run that is killed goes on
 after the last block that was visited."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What goes through one block on a walk over pruned blocks, for whoever fits its weights.
+
+    Attributes:
+        batches: the numbers of the micro-batches.
+        windows: how many windows each of them holds.
+        run: from a micro-batch's number and what enters the block to what the block, as it stands, gives: ``(B, T, D)`` both.
+        pairs: streams, for numbers of micro-batches in any order, ``(batch, x_BTD, target_BTD)``: what enters the block
+            after the pruned blocks before it, and what the dense model gives there.
+        advance: told what part of the fitting is done.
+    """
+
+    batches: range
+    windows: Sequence[int]
+    run: Callable[[int, torch.Tensor], torch.Tensor]
+    pairs: Callable[[Sequence[int]], Iterator[tuple[int, torch.Tensor, torch.Tensor]]]
+    advance: Callable[[float], None] = lambda part: None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is done with a block after its visit.
+
+    Attributes:
+        block: called with the block's number, the block and what goes through it. It may change the block's parameters on
+            the way; what it returns replaces weights, as what a visit returns does.
+        forwards: about what it costs, in plain runs of the block over all windows.
+    """
+
+    block: Callable[[int, nn.Module, Passage], Mapping[str, torch.Tensor] | None]
+    forwards: float
 
 
 @dataclass(frozen=True)
@@ -145,11 +179,12 @@ class Walk:
         """Windows of this worker that are through after ``batch``; after -1, the last, all."""
         return sum(map(len, self.ids[: batch + 1] if batch >= 0 else self.ids))
 
-    def commit(self, store: BoundaryStore, boundary: int) -> None:
+    def commit(self, boundary: int, *stores: BoundaryStore) -> None:
         """Make a boundary safe if it is time to and the disk has room to spare, in all workers."""
-        if all(self.workers.all(self._committing.due() and store.has_room())):
+        if all(self.workers.all(self._committing.due() and all(store.has_room() for store in stores))):
             started = time.monotonic()
-            store.commit(boundary)
+            for store in stores:
+                store.commit(boundary)
             self.workers.wait()
             self._committing.done(time.monotonic() - started)
 
@@ -159,32 +194,53 @@ class Walk:
 
 
 class ForwardWalk(Walk):
-    """First block to last, gathering statistics of inputs; each visited block may be replaced on the way."""
+    """First block to last, gathering statistics of inputs; each visited block may be replaced on the way.
 
-    def run(
-        self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, pruned: bool, done: int | None = None
+    Args:
+        pruned: whether what a visit returns changes what the next block sees.
+        fit: called after each visit; then the dense model's hidden states walk along, as what to fit to.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids_NT: torch.Tensor,
+        settings: SweepSettings,
+        name: str,
+        pruned: bool = False,
+        fit: Fit | None = None,
     ) -> None:
+        super().__init__(checkpoint, ids_NT, settings, name)
+        assert pruned or fit is None
+        self._pruned, self._fit = pruned, fit
+
+    def run(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, done: int | None = None) -> None:
         """Walk to the end of ``blocks`` and visit each.
 
         Args:
-            pruned: whether what ``visit`` returns changes what the next block sees.
             done: the first block whose visit is not known to be done; those before it may be left out.
         """
         with self.ready():
             store = self.store("inputs")
-            reached = {boundary for boundary in self.common(store) if boundary <= (done or blocks.start)}
+            dense = self.store("dense") if self._fit else None
+            stores = [store] if dense is None else [store, dense]
+            safe = set.intersection(*map(self.common, stores))
+            reached = {boundary for boundary in safe if boundary <= (done or blocks.start)}
             start = max(reached, default=0)
-            store.drop(lambda boundary: boundary != start or not reached)
+            for one in stores:
+                one.drop(lambda boundary: boundary != start or not reached)
             calls = self.enter(None if reached else store)
             with progress("Sweeping the blocks", blocks.stop, "block", self.tokens, start) as advance:
                 for index in range(start, blocks.stop):  # what follows the last block asked for is never run
                     with self.block(index, ahead=index + 1) as block:
-                        self._block(index, block, calls, store, needs, blocks, visit, pruned, advance)
+                        self._block(index, block, calls, store, dense, needs, blocks, visit, advance)
                     if index + 1 < blocks.stop:
-                        self.commit(store, index + 1)
-                        store.drop_behind(index + 1, forward=True)
+                        self.commit(index + 1, *stores)
+                        for one in stores:
+                            one.drop_behind(index + 1, forward=True)
                     advance()
-            store.clear()
+            for one in stores:
+                one.clear()
 
     @torch.no_grad()
     def _block(
@@ -193,38 +249,88 @@ class ForwardWalk(Walk):
         block: nn.Module,
         calls: BlockCalls,
         store: BoundaryStore,
+        dense: BoundaryStore | None,
         needs: frozenset[type[Statistic]],
         blocks: range,
         visit: Visit,
-        pruned: bool,
         advance: Advance,
     ) -> None:
-        matrices = self.checkpoint.skeleton.prunable(index) if index in blocks else {}
-        statistics = self.fresh(matrices, needs) if index in blocks else {}
-        last = index == blocks.stop - 1
-        again = pruned and index in blocks and not last
+        visited, last = index in blocks, index == blocks.stop - 1
+        matrices = self.checkpoint.skeleton.prunable(index) if visited else {}
+        statistics = self.fresh(matrices, needs) if visited else {}
+        again = self._pruned and visited and not last
+        fit = self._fit if visited else None
+        done = _Runs(self, advance, 1 + again + (1 + fit.forwards if fit else 0))
         taps = InputTaps(matrices, of_kind(statistics, InputStatistic))
         own = of_kind(statistics, GradientStatistic) if gradient_kinds(needs) else None
-        for batch, x_BTD in self.stream(store, index, keep=again):
+        for batch, x_BTD in self.stream(store, index, keep=again or fit is not None):
             run = partial(calls.run, block, index, batch)
             with taps.watching(block, len(x_BTD)):
                 out_BTD = run_with_own_gradients(block, run, x_BTD, matrices, own) if own else run(x_BTD)
             _feed_block(statistics, x_BTD, finite(out_BTD, index))
             if not last and not again:
                 store.put((index + 1, batch), out_BTD)
-            advance.within(self.seen(batch), self.seen(-1) * (1 + again))
-        if index not in blocks:
+            if dense is not None and index == blocks.start:  # nothing before it was pruned
+                dense.put((index + 1, batch), out_BTD)
+            done(batch)
+        if not visited:
             return
         self.merge(statistics)
         replaced = visit(index, block, statistics)
         del statistics, taps, own  # as large as the block's weights may be
+        if fit is not None and dense is not None:
+            if index > blocks.start:
+                for batch, x_BTD in self.stream(dense, index):
+                    dense.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
+                    done(batch, runs=1)
+            replaced = fit.block(index, block, self._passage(index, block, calls, store, dense, done))
         if again:
             if replaced:
                 block.load_state_dict(dict(replaced), strict=False, assign=True)
             del replaced
             for batch, x_BTD in self.stream(store, index):
                 store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
-                advance.within(self.seen(-1) + self.seen(batch), self.seen(-1) * 2)
+                done(batch, runs=done.all - 1)
+
+    def _passage(
+        self,
+        index: int,
+        block: nn.Module,
+        calls: BlockCalls,
+        store: BoundaryStore,
+        dense: BoundaryStore,
+        done: _Runs,
+    ) -> Passage:
+        def pairs(batches: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+            entering = store.stream(index, batches, self.placement.arrive, keep=True)
+            leaving = dense.stream(index + 1, batches, self.placement.arrive, keep=True)
+            for (batch, x_BTD), (_, target_BTD) in zip(entering, leaving, strict=True):
+                yield batch, x_BTD, target_BTD
+
+        forwards = self._fit.forwards if self._fit else 0.0
+        return Passage(
+            batches=self.batches,
+            windows=[len(ids_BT) for ids_BT in self.ids],
+            run=lambda batch, x_BTD: calls.run(block, index, batch, x_BTD),
+            pairs=pairs,
+            advance=lambda part: done(-1, runs=1 + part * forwards),
+        )
+
+
+class _Runs:
+    """How far the present block is, in runs over all windows.
+
+    Args:
+        all: runs there will be.
+    """
+
+    def __init__(self, walk: Walk, advance: Advance, all: float) -> None:
+        self._walk, self._advance, self.all = walk, advance, all
+
+    def __call__(self, batch: int, runs: float = 0) -> None:
+        """``runs`` are over, and in the next one the windows up to ``batch``; after -1 all of them."""
+        windows = self._walk.seen(-1)
+        self._advance.within(round(windows * runs) + self._walk.seen(batch), round(windows * self.all))
 
 
 def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:

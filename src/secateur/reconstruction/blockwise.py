@@ -1,0 +1,146 @@
+"""Each block fitted to what the dense model gives there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import Field
+
+from secateur.options import Options
+from secateur.reconstruction.base import Reconstruction
+from secateur.reconstruction.fitted import FittedBlock
+from secateur.sweep import Passage
+
+
+class BlockwiseOptions(Options):
+    epochs: int = Field(default=5, ge=0, le=10_000)
+    rate: float = Field(default=0.005, gt=0, le=1)
+    batch: int = Field(default=1, ge=1, le=1_000_000)
+    held_out: float = Field(default=0.125, ge=0, lt=1)
+
+
+class Blockwise(Reconstruction):
+    """Adam on the weights that stay, towards what the dense model gives after this block; ours, of no paper.
+
+    The block sees what the pruned blocks before it give, so it also makes good what they lost. A token's error counts in
+    parts of its own size, ``||out - target||^2 / ||target||^2``: a few tokens of a language model are a thousand times as
+    large as the others, and what follows normalises each. A part of the windows (``held_out``) is never fitted: after each
+    epoch their error says whether the weights are better than all before, and the best are kept, so that on them no block
+    ends worse than the removal left it. ``rate`` is in units of each matrix's root mean square, falling along a cosine;
+    ``batch`` windows make a step.
+    """
+
+    name = "block"
+    options_type = BlockwiseOptions
+
+    @property
+    def forwards(self) -> float:
+        chosen = self.options
+        fitted = 1 - chosen.held_out
+        return chosen.epochs * (3 * fitted + chosen.held_out) + chosen.held_out
+
+    def fit(self, fitted: FittedBlock, passage: Passage, seed: int) -> Mapping[str, float]:
+        fit, held = self._split(passage)
+        if not fit or not fitted.weights:
+            return {}
+        judged = held or fit  # of a single micro-batch nothing can be held out
+        best = first = _error(fitted, passage, judged)
+        kept = fitted.copy()
+        groups = [
+            {"params": [weight], "size": _size(weight, fitted.stays[name])} for name, weight in fitted.weights.items()
+        ]
+        optimiser = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+        generator = torch.Generator().manual_seed(seed)
+        steps = _Steps(self.options.epochs * _steps_in(passage, fit, self.options.batch), self.options.rate)
+        for epoch in range(self.options.epochs):
+            order = [fit[place] for place in torch.randperm(len(fit), generator=generator)]
+            self._epoch(fitted, passage, order, optimiser, steps)
+            error = _error(fitted, passage, judged)
+            if error < best:
+                best, kept = error, fitted.copy()
+            passage.advance((epoch + 1) / self.options.epochs)
+            if not math.isfinite(error):
+                break
+        fitted.restore(kept)
+        return {"error_before": first, "error_after": best}
+
+    def _split(self, passage: Passage) -> tuple[list[int], list[int]]:
+        """The micro-batches that are fitted, and those that are held out: the last ones, at least one of several."""
+        batches = list(passage.batches)
+        held = max(1, round(len(batches) * self.options.held_out)) if self.options.held_out else 0
+        held = min(held, len(batches) - 1)
+        return batches[: len(batches) - held], batches[len(batches) - held :]
+
+    def _epoch(
+        self,
+        fitted: FittedBlock,
+        passage: Passage,
+        order: Sequence[int],
+        optimiser: torch.optim.Optimizer,
+        steps: _Steps,
+    ) -> None:
+        for batches in _in_steps(passage, order, self.options.batch):
+            windows = sum(passage.windows[batch] for batch in batches)
+            for batch, x_BTD, target_BTD in passage.pairs(batches):
+                with torch.enable_grad(), fitted.running():
+                    loss = relative_error(passage.run(batch, x_BTD), target_BTD)
+                    (loss * (len(x_BTD) / windows)).backward()
+            fitted.mask_gradients()
+            steps.set_rates(optimiser)
+            optimiser.step()
+            optimiser.zero_grad()
+
+
+class _Steps:
+    """The learning rate along a cosine from ``rate`` to zero, each parameter's in units of its own size."""
+
+    def __init__(self, count: int, rate: float) -> None:
+        self._count, self._rate, self._done = max(1, count), rate, 0
+
+    def set_rates(self, optimiser: torch.optim.Optimizer) -> None:
+        part = self._rate * (1 + math.cos(math.pi * self._done / self._count)) / 2
+        for group in optimiser.param_groups:
+            group["lr"] = part * group["size"]
+        self._done += 1
+
+
+def relative_error(out_BTD: torch.Tensor, target_BTD: torch.Tensor) -> torch.Tensor:
+    """The mean over tokens of ``||out - target||^2 / ||target||^2``, float32."""
+    target_BTD = target_BTD.float()
+    error_BT = (out_BTD.float() - target_BTD).square().sum(dim=-1)
+    size_BT = target_BTD.square().sum(dim=-1)
+    return (error_BT / size_BT.clamp(min=torch.finfo(torch.float32).tiny)).mean()
+
+
+@torch.no_grad()
+def _error(fitted: FittedBlock, passage: Passage, batches: Sequence[int]) -> float:
+    """The mean over windows of the relative error."""
+    total = 0.0
+    with fitted.running():
+        for batch, x_BTD, target_BTD in passage.pairs(batches):
+            total += float(relative_error(passage.run(batch, x_BTD), target_BTD)) * len(x_BTD)
+    return total / sum(passage.windows[batch] for batch in batches)
+
+
+def _size(weight: torch.Tensor, stays: torch.Tensor) -> float:
+    """The root mean square of what stays of a parameter."""
+    return float((weight.detach().square().sum() / stays.sum().clamp(min=1)).sqrt())
+
+
+def _in_steps(passage: Passage, order: Sequence[int], windows: int) -> list[list[int]]:
+    """Micro-batches put together until they hold ``windows`` windows."""
+    steps: list[list[int]] = []
+    room = 0
+    for batch in order:
+        if room <= 0:
+            steps.append([])
+            room = windows
+        steps[-1].append(batch)
+        room -= passage.windows[batch]
+    return steps
+
+
+def _steps_in(passage: Passage, batches: Sequence[int], windows: int) -> int:
+    return len(_in_steps(passage, batches, windows))

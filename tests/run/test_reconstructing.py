@@ -1,0 +1,173 @@
+"""Blocks fitted to what the dense model gives there: zeros stay, errors fall, plans carry the numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_families import tiny
+from tiny_models import tiny_llama
+
+import secateur
+from secateur.checkpoint.reader import open_checkpoint
+from secateur.errors import RecipeError
+from secateur.plans import load_plan
+from secateur.recipe import Recipe
+
+MODELS = {
+    "llama": lambda: tiny_llama(),
+    "kept transposed": lambda: tiny("gpt2"),
+    "packed experts": lambda: tiny("mixtral"),
+}
+
+
+def save(model, folder):
+    torch.manual_seed(0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=MODELS)
+def model(request, tmp_path):
+    return save(MODELS[request.param](), tmp_path / "model")
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return save(tiny_llama(), tmp_path / "llama")
+
+
+@pytest.fixture
+def windows(tmp_path):
+    file = tmp_path / "windows.safetensors"
+    save_file({"input_ids": torch.randint(0, 60, (8, 24), generator=torch.Generator().manual_seed(3))}, file)
+    return str(file)
+
+
+def errors_of(plan):
+    """For each block its error on held-out windows before and after."""
+    return {entry.block: (entry.notes["error_before"], entry.notes["error_after"]) for entry in plan.blocks}
+
+
+FIELDS = {
+    "sparsegpt": {"criterion": "sparsegpt", "unit": "weight", "within": "row"},
+    "wanda 2:4": {"criterion": "wanda", "unit": "2:4"},
+    "channels": {"criterion": "taylor", "unit": "channel", "ratio": 0.3},
+    "magnitude": {"criterion": "magnitude", "unit": "weight", "ratio": 0.4},
+}
+
+
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_errors_fall_and_what_left_stays_away(model, windows, fields, tmp_path):
+    plain, fitted = tmp_path / "plain.json", tmp_path / "fitted.json"
+    secateur.plan(str(model), out=plain, calibration=windows, **fields)
+    secateur.plan(str(model), out=fitted, calibration=windows, reconstruct="block:held_out=0", **fields)
+    before, after = load_plan(plain), load_plan(fitted)
+    assert before.blocks[0].cuts == after.blocks[0].cuts
+    for name, mask_OI in before.masks(0).items():  # of block 0 alone: later ones see other inputs
+        assert torch.equal(mask_OI, after.masks(0)[name])
+    for entry in after.blocks:
+        masks = after.masks(entry.block)
+        for name, numbers_OI in after.numbers(entry.block).items():
+            assert torch.isfinite(numbers_OI).all()
+            if name in masks:
+                assert (numbers_OI[~masks[name]] == 0).all()
+    assert all(fitted_error < error for error, fitted_error in errors_of(after).values())
+
+
+def test_the_written_model_is_nearer_to_the_dense_one(llama, windows, tmp_path):
+    ids = load_file(windows)["input_ids"]
+    far = {}
+    for reconstruct in ("none", "block:rate=0.02"):
+        out = tmp_path / reconstruct.partition(":")[0]
+        secateur.prune(
+            str(llama), out, criterion="wanda", unit="weight", ratio=0.6, calibration=windows, reconstruct=reconstruct
+        )
+        with torch.no_grad():
+            logits, dense = (secateur.load(folder)(input_ids=ids).logits for folder in (out, llama))
+        far[reconstruct] = float((logits - dense).square().mean())
+    assert far["block:rate=0.02"] < 0.9 * far["none"]
+
+
+def test_apply_gives_what_prune_wrote(llama, windows, tmp_path):
+    fields = {"criterion": "taylor", "unit": "head,channel", "ratio": 0.3, "allocation": "global"}
+    fields |= {"removal": "sparsegpt", "reconstruct": "block:epochs=2", "calibration": windows}
+    secateur.prune(str(llama), tmp_path / "pruned", **fields)
+    secateur.plan(str(llama), out=tmp_path / "plan.json", **fields)
+    secateur.apply(tmp_path / "plan.json", tmp_path / "applied")
+    weights = [
+        {k: v for file in sorted((tmp_path / name).glob("*.safetensors")) for k, v in load_file(file).items()}
+        for name in ("pruned", "applied")
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_nothing_to_fit_or_no_gain_leaves_the_removals_numbers(llama, windows, tmp_path):
+    """A step far too long makes every epoch worse on held-out windows, so no block takes it."""
+    fields = {"criterion": "wanda", "unit": "weight", "calibration": windows}
+    secateur.plan(str(llama), out=tmp_path / "plain.json", **fields)
+    secateur.plan(str(llama), out=tmp_path / "wild.json", reconstruct="block:rate=1,epochs=2", **fields)
+    plain, wild = (load_plan(tmp_path / name) for name in ("plain.json", "wild.json"))
+    for entry in wild.blocks:
+        before, after = errors_of(wild)[entry.block]
+        assert before == after
+        for name, mask_OI in plain.masks(entry.block).items():
+            assert torch.equal(mask_OI, wild.masks(entry.block)[name])
+    checkpoint = open_checkpoint(str(llama))
+    dense, masks = checkpoint.block_tensors(1), plain.masks(1)
+    for name, numbers_OI in wild.numbers(1).items():
+        matrix = checkpoint.skeleton.prunable(1)[name]
+        assert torch.equal(numbers_OI, matrix.of(dense).masked_fill(~masks[name], 0))
+
+
+def test_one_window_is_fitted_and_judged_on_itself(llama, tmp_path):
+    file = tmp_path / "one.safetensors"
+    save_file({"input_ids": torch.arange(2, 34)[None]}, file)
+    secateur.plan(
+        str(llama),
+        out=tmp_path / "p.json",
+        criterion="wanda",
+        unit="weight",
+        calibration=str(file),
+        reconstruct="block:rate=0.02",
+    )
+    assert all(after < before for before, after in errors_of(load_plan(tmp_path / "p.json")).values())
+
+
+def test_the_first_block_of_a_range_is_fitted_to_its_own_dense_output(llama, windows, tmp_path):
+    """Before it nothing was pruned, so with nothing removed there would be no error: a little removed makes a little."""
+    fields = {"criterion": "wanda", "unit": "weight", "calibration": windows, "reconstruct": "block:epochs=0"}
+    errors = {}
+    for ratio in (0.02, 0.3):
+        secateur.plan(str(llama), out=tmp_path / f"{ratio}.json", ratio=ratio, blocks="1:3", **fields)
+        errors[ratio] = errors_of(load_plan(tmp_path / f"{ratio}.json"))
+        assert list(errors[ratio]) == [1, 2]
+    assert 0 < errors[0.02][1][0] < errors[0.3][1][0] / 4
+    assert errors[0.3][1][0] < errors[0.3][2][0], "the second also inherits the first one's"
+
+
+def test_bfloat16_checkpoints_get_rounded_numbers(windows, tmp_path):
+    folder = save(tiny_llama().to(torch.bfloat16), tmp_path / "half")
+    secateur.prune(
+        str(folder), tmp_path / "out", criterion="sparsegpt", unit="2:4", calibration=windows, reconstruct="block"
+    )
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"reconstruct": "blok", "unit": "weight"}, "did you mean 'block'"),
+        ({"reconstruct": "block:rate=0", "unit": "weight"}, "rate"),
+        ({"reconstruct": "block:rate=nan", "unit": "weight"}, "rate"),
+        ({"reconstruct": "block", "unit": "hidden"}, "a run of their own"),
+        ({"reconstruct": "block", "unit": "channel", "steps": 2}, "leave --steps out"),
+        ({"reconstruct": "block", "unit": "weight", "within": "global"}, "choose within row"),
+        ({"reconstruct": "block", "unit": "weight", "propagate": "dense"}, "leave --propagate dense out"),
+    ],
+)
+def test_what_cannot_go_together_is_one_sentence(fields, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        Recipe(model="m", **fields)
