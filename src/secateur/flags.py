@@ -17,6 +17,14 @@ FLAGS: dict[str, Any] = {
             help="A folder with safetensors, a .gguf file, a hub id such as org/name, or `smollm2`.", show_default=False
         ),
     ],
+    "preset": Annotated[
+        str | None,
+        typer.Option(
+            help="fast (one look at activations), balanced (what stays is updated), best (each block its own share, updated, then "
+            "fitted to the dense model; about eight times balanced): the fields below that you do not give.",
+            show_default=False,
+        ),
+    ],
     "criterion": Annotated[
         str | None,
         typer.Option(

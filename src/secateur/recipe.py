@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -16,6 +17,7 @@ from secateur.criteria import BlockCriterion, Criterion, criterion_from
 from secateur.criteria.base import Within
 from secateur.errors import RecipeError, suggest
 from secateur.options import parse_named
+from secateur.presets import preset_fields
 from secateur.quantities import NofM, Target, is_n_of_m, parse_bytes, parse_target
 from secateur.reconstruction import Reconstruction, reconstruction_from
 from secateur.removal.methods import Removal, removal_from
@@ -452,6 +454,8 @@ def _apart_from_each_other(kinds: tuple[str, ...]) -> bool:
 def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
     """The recipe in ``file`` (YAML), overridden by every value given that is not None.
 
+    ``preset`` (``fast``, ``balanced`` or ``best``) stands for the fields that nobody gives.
+
     Raises:
         RecipeError: unreadable file, unknown field or impossible value.
     """
@@ -459,6 +463,9 @@ def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
     if file is not None:
         content = read_yaml(file)
     content.update({key: value for key, value in given.items() if value is not None})
+    preset = content.pop("preset", None)
+    if preset is not None:
+        content = preset_fields(str(preset), _units_of(content)) | content
     for key in map(str, content):
         if key not in Recipe.model_fields:
             raise RecipeError(f"a recipe has no field '{key}'{suggest(key, Recipe.model_fields)}")
@@ -468,6 +475,11 @@ def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
         return Recipe(**content)
     except ValidationError as error:
         raise RecipeError(_sentence(error)) from error
+
+
+def _units_of(content: Mapping[str, Any]) -> tuple[str, ...]:
+    given = content.get("unit", Recipe.model_fields["unit"].default)
+    return tuple(part.strip() for part in given.split(",")) if isinstance(given, str) else tuple(given)
 
 
 def _sentence(error: ValidationError) -> str:

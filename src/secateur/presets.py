@@ -1,0 +1,49 @@
+"""Recipes by how much they may cost: what composes best, as fields that a user's own words override."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from secateur.errors import RecipeError, suggest
+
+PRESETS = ("fast", "balanced", "best")
+
+
+def preset_fields(name: str, units: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of a recipe that a preset stands for.
+
+    Args:
+        units: what leaves, as in a recipe.
+
+    Raises:
+        RecipeError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise RecipeError(f"there is no preset '{name}'{suggest(name, PRESETS)}")
+    if units == ("block",):
+        return {"criterion": {"fast": "influence", "balanced": "angular", "best": "taylor"}[name]}
+    masks = any(unit == "weight" or ":" in unit for unit in units)
+    if masks and len(units) == 1:
+        return _of_masks(name, pattern=":" in units[0])
+    return _of_cuts(name, units, masks)
+
+
+def _of_masks(name: str, pattern: bool) -> dict[str, Any]:
+    if name == "fast":
+        return {"criterion": "wanda"}
+    if name == "balanced":
+        return {"criterion": "sparsegpt"}
+    # Under N:M blocks that differ would not be the pattern that hardware knows.
+    spread = {} if pattern else {"allocation": "sensitivity"}
+    return {"criterion": "sparsegpt", "reconstruct": "block"} | spread
+
+
+def _of_cuts(name: str, units: tuple[str, ...], masks: bool) -> dict[str, Any]:
+    if name == "fast":
+        return {"criterion": "wanda", "propagate": "dense"}
+    spans = {"hidden", "block"} & set(units)  # no weights are updated then
+    fields: dict[str, Any] = {"criterion": "taylor"} | ({} if spans else {"removal": "sparsegpt"})
+    if name == "balanced" or spans:
+        return fields
+    ranked = "query" not in units and not masks and not {"expert", "channel"} <= set(units)
+    return fields | {"reconstruct": "block"} | ({"allocation": "global"} if ranked else {})
