@@ -2,10 +2,10 @@
 
     python benchmarks/grid.py [--reference DIR] [--columns "50 %" ...] [--methods sparsegpt ...]
 
-Each column is one `secateur compare` on the reference windows: every method is planned in a process of its own, with a cache of its own so
-that nothing is found made, and all are measured in one walk. Times are of planning (opening the model, calibrating, choosing), beside
-one plain forward without the head over the same windows. What has been measured is kept: a second call goes on with what is missing,
-and cells that are missing are marked.
+Each column is a `secateur compare` on the reference windows. In the columns whose times are shown every method has a comparison and a cache of its
+own, so that nothing is found made; times are of planning (opening the model, calibrating, choosing), beside one plain forward without the head over the same
+windows. The other columns are one comparison each, and share what they can with each other. What has been measured is kept: a second
+call goes on with what is missing, and cells that are missing are marked.
 """
 
 from __future__ import annotations
@@ -76,6 +76,9 @@ COLUMNS: dict[str, dict[str, str]] = {
     "blocks 20 %": _filled(BLOCKS, "", "ratio=0.2"),
 }
 
+TIMED = ("50 %", "channels 20 %", "blocks 20 %")
+"""Columns whose times are shown."""
+
 FORWARD = """
 import torch
 from safetensors.torch import load_file
@@ -119,25 +122,44 @@ def main() -> None:
         missing = {method: words for method, words in wanted.items() if results.get(f"{column}: {method}") is None}
         if not missing:
             continue
-        load = os.getloadavg()[0]
-        forward = fresh(FORWARD.format(**texts))["seconds"]
-        started = time.strftime("%H:%M")
-        print(
-            f"{started} {column}: {', '.join(missing)} (a forward takes {forward:.1f} s, load {load:.1f})", flush=True
-        )
-        # One by one, so that what is finished is kept; the last step of each measures it beside the dense model.
-        for method, words in missing.items():
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir(parents=True)
-            code = COMPARE.format(words=[words], out=str(work / "out"), **texts)
-            dense, row = fresh(code, SECATEUR_CACHE=str(work / "cache"))["rows"]
-            results.put("dense", dense)
-            results.put(f"{column}: {method}", row | {"words": words, "forward": forward, "load": load})
-            (RESULTS / "grid.md").write_text(table(results))
-            print(f"  {method}: {row['perplexity']}, {row['seconds']} s {row['failed'] or ''}", flush=True)
+        print(f"{time.strftime('%H:%M')} {column}: {', '.join(missing)}", flush=True)
+        if column in TIMED:
+            _one_by_one(results, column, missing, work, texts)
+        else:
+            _together(results, column, missing, work, texts)
     shutil.rmtree(work, ignore_errors=True)
     (RESULTS / "grid.md").write_text(table(results))
     print(table(results))
+
+
+def _one_by_one(results: Results, column: str, missing: dict[str, str], work: Path, texts: dict[str, str]) -> None:
+    """Each method in a comparison of its own, with its time beside a forward's."""
+    for method, words in missing.items():
+        place = work / "timed"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        load, forward = os.getloadavg()[0], fresh(FORWARD.format(**texts))["seconds"]
+        code = COMPARE.format(words=[words], out=str(place / "out"), **texts)
+        dense, row = fresh(code, SECATEUR_CACHE=str(place / "cache"))["rows"]
+        results.put("dense", dense)
+        _put(results, f"{column}: {method}", row | {"words": words, "forward": forward, "load": load})
+
+
+def _together(results: Results, column: str, missing: dict[str, str], work: Path, texts: dict[str, str]) -> None:
+    """All methods in one comparison, which goes on where it was stopped; their times say nothing and are not kept."""
+    place = work / column.replace(" ", "").replace("%", "").replace(":", "-")
+    place.mkdir(parents=True, exist_ok=True)
+    code = COMPARE.format(words=list(missing.values()), out=str(place), **texts)
+    _, *rows = fresh(code, SECATEUR_CACHE=str(work / "cache"))["rows"]
+    for (method, words), row in zip(missing.items(), rows, strict=True):
+        row |= {"seconds": None, "peak_memory": None, "words": words}
+        _put(results, f"{column}: {method}", row)
+
+
+def _put(results: Results, key: str, row: dict) -> None:
+    results.put(key, row)
+    (RESULTS / "grid.md").write_text(table(results))
+    print(f"  {key}: {row['perplexity']} {row['failed'] or ''}", flush=True)
 
 
 def table(results: Results) -> str:
@@ -145,7 +167,7 @@ def table(results: Results) -> str:
     dense = results.get("dense")
     lines = [
         results.caption(
-            "Perplexity on 40 × 512 tokens of WikiText-2 test, calibration 32 × 256 tokens of WikiText-2 train, fp32."
+            ". Perplexity on 40 × 512 tokens of WikiText-2 test, calibration 32 × 256 tokens of WikiText-2 train, fp32"
         ),
         "",
     ]
@@ -165,7 +187,7 @@ def table(results: Results) -> str:
         for method in methods:
             found = [results.get(f"{column}: {method}") for column in columns]
             cells = [_cell(entry, method in COLUMNS[column]) for entry, column in zip(found, columns, strict=True)]
-            first = next((entry for entry in found if entry is not None and entry["failed"] is None), None)
+            first = next((e for e in found if e is not None and e["failed"] is None and e["seconds"] is not None), None)
             cost = ["", ""]
             if first is not None:
                 cost = [f"{first['seconds'] / first['forward']:.1f}", f"{first['peak_memory'] / 2**20:,.0f} MiB"]
