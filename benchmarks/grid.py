@@ -19,6 +19,7 @@ from pathlib import Path
 from common import DEFAULT_REFERENCE, RESULTS, ROOT, Results, fresh
 
 WEIGHTS = {
+    "preset best": "preset=best unit={unit}",
     "magnitude, by matrix": "magnitude unit={unit} within=layer",
     "wanda": "wanda unit={unit}",
     "wanda, one share of every row": "wanda unit={unit} within=share",
@@ -44,6 +45,7 @@ NO_PATTERN = (
     "sparsegpt, sensitivity",
 )
 CUTS = {
+    "preset best": "preset=best unit={unit}",
     "random": "random unit={unit}",
     "magnitude": "magnitude unit={unit}",
     "wanda": "wanda unit={unit} propagate=dense",

@@ -29,6 +29,7 @@ RECIPES: dict[str, list[str]] = {
         "owl",
     ],
     "taylor channels, global, fitted": ["--ratio", "0.3", "--allocation", "global", "--removal", "sparsegpt"],
+    "wanda weight, blocks fitted": ["--criterion", "wanda", "--unit", "weight", "--reconstruct", "block:epochs=2"],
     "taylor head,channel, global": ["--unit", "head,channel", "--ratio", "0.3", "--allocation", "global"],
 }
 

@@ -25,6 +25,7 @@ from secateur.identities import calibration_identity, calibration_windows, model
 from secateur.plans import Plan
 from secateur.preflight import Estimate, Preflight, limit_of
 from secateur.recipe import SPANNING, Recipe
+from secateur.reconstruction import ChooseAgain
 from secateur.removal.decision import BlockDecision, Removals
 from secateur.removing import Remover, reconstruct, share_among
 from secateur.scoring import BlockScorer, weight_scores
@@ -332,17 +333,17 @@ class Planner:
 
     def _walk(self, plan: Plan, needs: frozenset[type[Statistic]], missing: list[int], decide: Decide) -> None:
         """Decide block by block on what is measured of each, the dense model's or what the pruned blocks before it give."""
-        waiting: dict[int, BlockDecision] = {}
+        method, waiting = self.reconstruction, dict[int, tuple[BlockDecision, ChooseAgain | None]]()
 
         def settle(index: int, decision: BlockDecision) -> None:
             plan.add(index, decision)
             self._gathering.note_finished(missing, index)
 
         def visit(index: int, block: nn.Module, statistics: BlockStatistics) -> Mapping[str, torch.Tensor] | None:
-            decision = decide(index, block, statistics)
-            if self.reconstruction is not None:
-                waiting[index] = decision
+            if method is not None:
+                waiting[index] = decided(index, block, statistics)
                 return None
+            decision = decide(index, block, statistics)
             settle(index, decision)
             if not pruned:
                 return None
@@ -350,15 +351,26 @@ class Planner:
             return decision.in_dense_shapes(block.state_dict(), in_place=own)
 
         def fit(index: int, block: nn.Module, passage: Passage) -> Mapping[str, torch.Tensor]:
-            decision = waiting.pop(index)
-            replaced = reconstruct(self.checkpoint, self.recipe, index, block, decision, passage)
+            chosen, again = waiting.pop(index)
+            decision, replaced = reconstruct(self.checkpoint, self.recipe, index, block, chosen, passage, again)
             settle(index, decision)
             return replaced
 
+        def decided(
+            index: int, block: nn.Module, statistics: BlockStatistics
+        ) -> tuple[BlockDecision, ChooseAgain | None]:
+            if not (method and method.rechooses):
+                return decide(index, block, statistics), None
+
+            def choose() -> BlockDecision:  # deciding lets go of a matrix's statistics
+                return decide(index, block, {name: dict(kinds) for name, kinds in statistics.items()})
+
+            return choose(), choose
+
         # Without statistics of the blocks' inputs there is nothing that pruned blocks could change.
-        pruned = self.recipe.propagate == "pruned" and bool(self._on_the_way(needs)[0] or self.reconstruction)
+        pruned = self.recipe.propagate == "pruned" and bool(self._on_the_way(needs)[0] or method)
         if pruned:
-            fitting = Fit(fit, self.reconstruction.forwards) if self.reconstruction else None
+            fitting = Fit(fit, method.forwards, method.follows_dense) if method else None
             self._gathering.sweep().pruned(needs, self.blocks, visit, done=min(missing), fit=fitting)
         else:
             self._gathering.visit_dense(needs, missing, visit)

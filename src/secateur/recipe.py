@@ -201,6 +201,11 @@ class Recipe(BaseModel):
                 f"--reconstruct {method.name} fits blocks one by one, and {spanning} units leave the model as a whole; take "
                 "them out in a run of their own"
             )
+        if method.rechooses and (self.cut_kinds or self.parsed_removal().updates):
+            raise RecipeError(
+                f"--reconstruct {method.name} chooses masks of single weights anew after each round; give --unit weight or N:M "
+                "and a --removal that updates nothing, or --reconstruct block"
+            )
         if self.within == "global" and self.masks_weights:
             raise RecipeError(
                 f"--reconstruct {method.name} goes block by block, and --within global chooses over the whole model; choose "

@@ -15,7 +15,7 @@ from secateur.console import log
 from secateur.errors import ModelError
 from secateur.finite import all_finite
 from secateur.recipe import Recipe
-from secateur.reconstruction import FittedBlock
+from secateur.reconstruction import ChooseAgain, FittedBlock
 from secateur.removal.decision import BlockDecision, Removals
 from secateur.removal.methods import Removed, Task
 from secateur.scoring import BlockScorer
@@ -134,25 +134,32 @@ class Remover:
 
 
 def reconstruct(
-    checkpoint: Checkpoint, recipe: Recipe, index: int, block: nn.Module, decision: BlockDecision, passage: Passage
-) -> dict[str, torch.Tensor]:
-    """Fit what ``decision`` leaves of a block; its new numbers become part of the decision.
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    index: int,
+    block: nn.Module,
+    decision: BlockDecision,
+    passage: Passage,
+    choose_again: ChooseAgain | None,
+) -> tuple[BlockDecision, dict[str, torch.Tensor]]:
+    """Fit what ``decision`` leaves of a block.
 
     Args:
         block: dense, in memory.
 
     Returns:
-        the block's tensors in dense shapes, as later blocks see them.
+        the decision with its new numbers, and the block's tensors in dense shapes, as later blocks see them.
     """
     method = recipe.parsed_reconstruction()
     assert method is not None
     fitted = FittedBlock(block, decision)
-    notes = method.fit(fitted, passage, recipe.seed + index)
+    notes = method.fit(fitted, passage, recipe.seed + index, choose_again)
+    decision = fitted.decision
     for name, weight_OI in fitted.numbers():
         decision.numbers[name] = _stored(checkpoint, index, name, weight_OI, method.name)
     for key, value in notes.items():
         decision.notes[key] = value
-    return fitted.finished()
+    return decision, fitted.finished()
 
 
 def _stored(checkpoint: Checkpoint, index: int, name: str, weight_OI: torch.Tensor, by: str) -> torch.Tensor:

@@ -12,7 +12,7 @@ import secateur
 from secateur.checkpoint.reader import open_checkpoint
 from secateur.errors import RecipeError
 from secateur.plans import load_plan
-from secateur.recipe import Recipe
+from secateur.recipe import Recipe, recipe_from
 
 MODELS = {
     "llama": lambda: tiny_llama(),
@@ -171,3 +171,61 @@ def test_bfloat16_checkpoints_get_rounded_numbers(windows, tmp_path):
 def test_what_cannot_go_together_is_one_sentence(fields, sentence):
     with pytest.raises(RecipeError, match=sentence):
         Recipe(model="m", **fields)
+
+
+def test_regional_steps_lower_the_error_and_masks_follow_the_weights(model, windows, tmp_path):
+    fields = {"criterion": "wanda++", "unit": "weight", "ratio": 0.5, "calibration": windows}
+    secateur.plan(str(model), out=tmp_path / "plain.json", **fields)
+    secateur.plan(str(model), out=tmp_path / "fitted.json", reconstruct="regional:rate=1e-3,share=1", **fields)
+    plain, fitted = (load_plan(tmp_path / name) for name in ("plain.json", "fitted.json"))
+    assert plain.zeros() == fitted.zeros(), "as many leave every matrix"
+    assert all(after < before for before, after in errors_of(fitted).values())
+    moved = 0
+    for name, mask_OI in fitted.masks(0).items():
+        assert torch.equal(mask_OI.sum(1), plain.masks(0)[name].sum(1))
+        assert (fitted.numbers(0)[name][~mask_OI] == 0).all()
+        moved += int((mask_OI != plain.masks(0)[name]).sum())
+    assert moved > 0
+
+
+def test_a_weight_that_comes_back_has_the_number_it_left_with(llama, windows, tmp_path):
+    """With a rate that moves nothing, choosing again gives the first mask and the dense numbers."""
+    fields = {"criterion": "wanda", "unit": "2:4", "calibration": windows}
+    secateur.plan(str(llama), out=tmp_path / "plain.json", **fields)
+    secateur.plan(str(llama), out=tmp_path / "still.json", reconstruct="regional:rate=1e-30", **fields)
+    plain, still = (load_plan(tmp_path / name) for name in ("plain.json", "still.json"))
+    checkpoint = open_checkpoint(str(llama))
+    for entry in still.blocks:
+        dense = checkpoint.block_tensors(entry.block)
+        for name, mask_OI in plain.masks(entry.block).items():
+            weight_OI = checkpoint.skeleton.prunable(entry.block)[name].of(dense)
+            assert torch.equal(mask_OI, still.masks(entry.block)[name])
+            assert torch.equal(still.numbers(entry.block)[name], weight_OI.masked_fill(~mask_OI, 0))
+
+
+def test_regional_steps_fit_to_the_dense_block_on_the_same_inputs(llama, windows, tmp_path):
+    """Where a block loses next to nothing its error is next to nothing, whatever the blocks before it lost."""
+    fields = {"criterion": "wanda", "unit": "weight", "ratio": 0.02, "calibration": windows}
+    errors = {}
+    for method in ("regional:rate=1e-30", "block:epochs=0"):
+        secateur.plan(str(llama), out=tmp_path / "p.json", overwrite=True, reconstruct=method, **fields)
+        errors[method] = errors_of(load_plan(tmp_path / "p.json"))
+    own, inherited = errors.values()
+    assert own[2][0] / own[0][0] < inherited[2][0] / inherited[0][0]
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "best"])
+@pytest.mark.parametrize("unit", ["weight", "2:4", "channel", "head,channel", "query,channel", "hidden", "channel,2:4"])
+def test_presets_make_recipes_for_every_unit(preset, unit):
+    recipe = recipe_from(model="m", preset=preset, unit=unit)
+    assert (recipe.reconstruct is not None) == (preset == "best" and unit != "hidden")
+    assert recipe.updates == (preset != "fast" and unit != "hidden")
+
+
+def test_presets_give_way_to_what_is_said():
+    recipe = recipe_from(model="m", preset="best", unit="weight", criterion="wanda", reconstruct="none")
+    assert (recipe.criterion, recipe.removal, recipe.reconstruct) == ("wanda", "mask", None)
+    assert recipe.allocation.startswith("sensitivity")
+    with pytest.raises(RecipeError, match="did you mean 'best'"):
+        recipe_from(model="m", preset="bets")
+    assert recipe_from(model="m", preset="fast", unit="block").criterion == "influence"

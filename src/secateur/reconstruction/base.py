@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 from secateur.options import Named
 from secateur.reconstruction.fitted import FittedBlock
+from secateur.removal.decision import BlockDecision
 from secateur.sweep import Passage
+
+ChooseAgain = Callable[[], BlockDecision]
+"""Chooses the block's masks once more, by the weights that are in the block when it is called."""
 
 
 class Reconstruction(Named, ABC):
-    """Fits the weights that are left of one block, after the removal; what left stays zero."""
+    """Fits the weights that are left of one block, after the removal; what left stays zero.
+
+    Attributes:
+        follows_dense: whether it fits to what the dense model gives after this block; otherwise to what the dense block
+            gives for the inputs that pruned blocks before it give.
+        rechooses: whether it has masks chosen anew on the way.
+    """
 
     flag = "reconstruct"
+    follows_dense: ClassVar[bool] = True
+    rechooses: ClassVar[bool] = False
 
     @abstractmethod
-    def fit(self, fitted: FittedBlock, passage: Passage, seed: int) -> Mapping[str, float]:
+    def fit(
+        self, fitted: FittedBlock, passage: Passage, seed: int, choose_again: ChooseAgain | None = None
+    ) -> Mapping[str, float]:
         """Change ``fitted``'s weights in place; returns figures worth telling, by name.
 
         Args:
-            passage: what enters the block, and what the dense model gives there.
+            passage: what enters the block, and what it is fitted to.
             seed: of the order of windows.
+            choose_again: given to those that ``rechooses``, where single weights left.
         """
 
     @property

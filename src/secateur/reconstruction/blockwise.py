@@ -9,7 +9,8 @@ import torch
 from pydantic import Field
 
 from secateur.options import Options
-from secateur.reconstruction.base import Reconstruction
+from secateur.reconstruction.base import ChooseAgain, Reconstruction
+from secateur.reconstruction.errors import mean_error, relative_error
 from secateur.reconstruction.fitted import FittedBlock
 from secateur.sweep import Passage
 
@@ -41,12 +42,14 @@ class Blockwise(Reconstruction):
         fitted = 1 - chosen.held_out
         return chosen.epochs * (3 * fitted + chosen.held_out) + chosen.held_out
 
-    def fit(self, fitted: FittedBlock, passage: Passage, seed: int) -> Mapping[str, float]:
+    def fit(
+        self, fitted: FittedBlock, passage: Passage, seed: int, choose_again: ChooseAgain | None = None
+    ) -> Mapping[str, float]:
         fit, held = self._split(passage)
         if not fit or not fitted.weights:
             return {}
         judged = held or fit  # of a single micro-batch nothing can be held out
-        best = first = _error(fitted, passage, judged)
+        best = first = mean_error(fitted, passage, judged, relative_error)
         kept = fitted.copy()
         groups = [
             {"params": [weight], "size": _size(weight, fitted.stays[name])} for name, weight in fitted.weights.items()
@@ -57,7 +60,7 @@ class Blockwise(Reconstruction):
         for epoch in range(self.options.epochs):
             order = [fit[place] for place in torch.randperm(len(fit), generator=generator)]
             self._epoch(fitted, passage, order, optimiser, steps)
-            error = _error(fitted, passage, judged)
+            error = mean_error(fitted, passage, judged, relative_error)
             if error < best:
                 best, kept = error, fitted.copy()
             passage.advance((epoch + 1) / self.options.epochs)
@@ -104,24 +107,6 @@ class _Steps:
         for group in optimiser.param_groups:
             group["lr"] = part * group["size"]
         self._done += 1
-
-
-def relative_error(out_BTD: torch.Tensor, target_BTD: torch.Tensor) -> torch.Tensor:
-    """The mean over tokens of ``||out - target||^2 / ||target||^2``, float32."""
-    target_BTD = target_BTD.float()
-    error_BT = (out_BTD.float() - target_BTD).square().sum(dim=-1)
-    size_BT = target_BTD.square().sum(dim=-1)
-    return (error_BT / size_BT.clamp(min=torch.finfo(torch.float32).tiny)).mean()
-
-
-@torch.no_grad()
-def _error(fitted: FittedBlock, passage: Passage, batches: Sequence[int]) -> float:
-    """The mean over windows of the relative error."""
-    total = 0.0
-    with fitted.running():
-        for batch, x_BTD, target_BTD in passage.pairs(batches):
-            total += float(relative_error(passage.run(batch, x_BTD), target_BTD)) * len(x_BTD)
-    return total / sum(passage.windows[batch] for batch in batches)
 
 
 def _size(weight: torch.Tensor, stays: torch.Tensor) -> float:

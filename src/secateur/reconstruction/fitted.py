@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -23,17 +23,19 @@ class FittedBlock:
 
     Attributes:
         block: with its new weights.
+        decision: as given, or as chosen anew.
         weights: by the parameter's name, what is fitted: float32, zero where something left.
         stays: by the parameter's name, where weights stay.
     """
 
     def __init__(self, block: nn.Module, decision: BlockDecision) -> None:
-        self.block, self._decision = block, decision
+        self.block, self.decision = block, decision
         self._tensors = dict(block.state_dict())
         self.stays = _stays(decision, self._tensors)
         pruned = decision.in_dense_shapes(self._tensors)
         block.load_state_dict(pruned, strict=False, assign=True)
         self.weights: dict[str, nn.Parameter] = {}
+        self._left: dict[str, torch.Tensor] | None = None
         for name, stays in self.stays.items():
             # What a cut leaves without a reader keeps its numbers, is never read, and is not fitted.
             weight = nn.Parameter(pruned[name].detach().float().masked_fill(~stays, 0))
@@ -67,17 +69,30 @@ class FittedBlock:
         for name, weight in weights.items():
             self.weights[name].copy_(weight)
 
+    @torch.no_grad()
+    def choose_again(self, choose: Callable[[], BlockDecision]) -> None:
+        """Have masks chosen by the weights as they are now, those outside the mask as they were when they left it."""
+        if self._left is None:
+            self._left = {name: self._tensors[name].float() for name in self.weights}
+        for name, weight in self.weights.items():
+            weight.copy_(torch.where(self.stays[name], weight, self._left[name]))
+        self._left = self.copy()
+        self.decision = choose()
+        self.stays = _stays(self.decision, self._tensors)
+        for name, weight in self.weights.items():
+            weight.masked_fill_(~self.stays[name], 0)
+
     def numbers(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Of every matrix that has something left, by name, what stays of it after the cut: ``(O', I')`` float32."""
-        for name, matrix in self._decision.matrices.items():
-            rows, columns = self._decision.survivors(name, self._tensors)
+        for name, matrix in self.decision.matrices.items():
+            rows, columns = self.decision.survivors(name, self._tensors)
             if len(rows) and len(columns):
                 rows, columns = (index.to(self._device) for index in (rows, columns))
                 yield name, matrix.of(self.weights).detach()[rows[:, None], columns].contiguous()
 
     def finished(self) -> dict[str, torch.Tensor]:
         """The block's tensors in dense shapes as the decision, with its numbers as they are now, leaves them."""
-        return self._decision.in_dense_shapes(self._tensors)
+        return self.decision.in_dense_shapes(self._tensors)
 
 
 def _stays(decision: BlockDecision, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -53,7 +53,7 @@ class Passage:
         windows: how many windows each of them holds.
         run: from a micro-batch's number and what enters the block to what the block, as it stands, gives: ``(B, T, D)`` both.
         pairs: streams, for numbers of micro-batches in any order, ``(batch, x_BTD, target_BTD)``: what enters the block
-            after the pruned blocks before it, and what the dense model gives there.
+            after the pruned blocks before it, and what it is fitted to.
         advance: told what part of the fitting is done.
     """
 
@@ -72,10 +72,13 @@ class Fit:
         block: called with the block's number, the block and what goes through it. It may change the block's parameters on
             the way; what it returns replaces weights, as what a visit returns does.
         forwards: about what it costs, in plain runs of the block over all windows.
+        follows_dense: whether its target is what the dense model gives there; otherwise it is what the dense block gives for
+            the inputs that it has.
     """
 
     block: Callable[[int, nn.Module, Passage], Mapping[str, torch.Tensor] | None]
     forwards: float
+    follows_dense: bool = True
 
 
 @dataclass(frozen=True)
@@ -270,7 +273,8 @@ class ForwardWalk(Walk):
             _feed_block(statistics, x_BTD, finite(out_BTD, index))
             if not last and not again:
                 store.put((index + 1, batch), out_BTD)
-            if dense is not None and index == blocks.start:  # nothing before it was pruned
+            # At the first block nothing before it was pruned, so that what it gives is what the dense model gives.
+            if dense is not None and not (fit and fit.follows_dense and index > blocks.start):
                 dense.put((index + 1, batch), out_BTD)
             done(batch)
         if not visited:
@@ -279,7 +283,7 @@ class ForwardWalk(Walk):
         replaced = visit(index, block, statistics)
         del statistics, taps, own  # as large as the block's weights may be
         if fit is not None and dense is not None:
-            if index > blocks.start:
+            if index > blocks.start and fit.follows_dense:
                 for batch, x_BTD in self.stream(dense, index):
                     dense.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
                     done(batch, runs=1)
