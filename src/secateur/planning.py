@@ -156,8 +156,8 @@ class Planner:
         notes = dict(self.chooser.notes)
         if policy is not None:
             notes["allocation"] = plan.shares()
-        found = plan.removal_notes()
-        return notes | ({"removal": found} if found else {})
+        found = {"removal": plan.removal_notes(), "reconstruction": plan.fit_errors()}
+        return notes | {name: figures for name, figures in found.items() if figures}
 
     def _check_amounts(self) -> None:
         """Say loudly what rounds to nothing, and find widths that N:M does not divide, before any work."""

@@ -27,6 +27,7 @@ from secateur.planstore import (
     as_text,
 )
 from secateur.recipe import Recipe
+from secateur.reconstruction.base import FIT_ERRORS
 from secateur.removal.decision import BlockDecision, Removals, model_cut
 from secateur.removal.masks import pack, unpack, zeros_of
 from secateur.structure import OUTSIDE, ModelCut, Structure, UnitGroup
@@ -277,8 +278,14 @@ class Plan(_Strict):
         found: dict[str, float] = {}
         for entry in self.blocks:
             for key, value in entry.notes.items():
-                found[key] = max(value, found.get(key, value))
+                if key not in FIT_ERRORS:
+                    found[key] = max(value, found.get(key, value))
         return found
+
+    def fit_errors(self) -> dict[str, float]:
+        """The errors before and after fitting, means over the blocks that were fitted; empty where none was."""
+        fitted = [entry.notes for entry in self.blocks if FIT_ERRORS[0] in entry.notes]
+        return {key: sum(notes[key] for notes in fitted) / len(fitted) for key in FIT_ERRORS} if fitted else {}
 
     def zeros(self) -> tuple[int, int]:
         """How many weights are masked, of how many in masked matrices."""

@@ -235,6 +235,16 @@ def test_each_seed_draws_its_own_windows_of_a_text(planned, save, tmp_path, held
     assert len(hashes) == 2
 
 
+def test_windows_that_only_a_removal_or_a_fit_reads_are_shared_too(run, planned, tmp_path):
+    recipes = ["magnitude unit=2:4 removal=sparsegpt", "magnitude unit=2:4 reconstruct=block:epochs=1"]
+    comparison = run(recipes)
+    assert comparison.failed == []
+    assert len(comparison.record["calibration"]) == 1
+    for folder in (tmp_path / "out" / "recipes").iterdir():
+        used = secateur.recipe.recipe_from(folder / "recipe.yaml").calibration
+        assert Path(used).is_relative_to(tmp_path / "out"), "not cut a second time"
+
+
 def test_another_text_is_measured_anew_and_nothing_planned(run, planned, windows_file):
     first = run(["wanda"])
     second = run(["wanda"], text=str(windows_file))

@@ -13,6 +13,7 @@ from secateur.checkpoint.reader import open_checkpoint
 from secateur.errors import RecipeError
 from secateur.plans import load_plan
 from secateur.recipe import Recipe, recipe_from
+from secateur.report.words import notes_in_words
 
 MODELS = {
     "llama": lambda: tiny_llama(),
@@ -80,13 +81,15 @@ def test_the_written_model_is_nearer_to_the_dense_one(llama, windows, tmp_path):
     far = {}
     for reconstruct in ("none", "block:rate=0.02"):
         out = tmp_path / reconstruct.partition(":")[0]
-        secateur.prune(
+        result = secateur.prune(
             str(llama), out, criterion="wanda", unit="weight", ratio=0.6, calibration=windows, reconstruct=reconstruct
         )
         with torch.no_grad():
             logits, dense = (secateur.load(folder)(input_ids=ids).logits for folder in (out, llama))
         far[reconstruct] = float((logits - dense).square().mean())
     assert far["block:rate=0.02"] < 0.9 * far["none"]
+    assert "blocks fitted to the dense model" in (out / "README.md").read_text()
+    assert "their error fell from" in " ".join(notes_in_words(result.record["notes"]))
 
 
 def test_apply_gives_what_prune_wrote(llama, windows, tmp_path):

@@ -11,6 +11,9 @@ from secateur.reconstruction.fitted import FittedBlock
 from secateur.removal.decision import BlockDecision
 from secateur.sweep import Passage
 
+FIT_ERRORS = ("error_before", "error_after")
+"""What a fit tells of a block: how far it was from its target before and after, as the method counts it."""
+
 ChooseAgain = Callable[[], BlockDecision]
 """Chooses the block's masks once more, by the weights that are in the block when it is called."""
 
@@ -32,7 +35,7 @@ class Reconstruction(Named, ABC):
     def fit(
         self, fitted: FittedBlock, passage: Passage, seed: int, choose_again: ChooseAgain | None = None
     ) -> Mapping[str, float]:
-        """Change ``fitted``'s weights in place; returns figures worth telling, by name.
+        """Change ``fitted``'s weights in place; returns ``FIT_ERRORS``, or nothing where nothing could be fitted.
 
         Args:
             passage: what enters the block, and what it is fitted to.

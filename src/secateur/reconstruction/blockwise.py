@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from secateur.options import Options
-from secateur.reconstruction.base import ChooseAgain, Reconstruction
+from secateur.reconstruction.base import FIT_ERRORS, ChooseAgain, Reconstruction
 from secateur.reconstruction.errors import mean_error, relative_error
 from secateur.reconstruction.fitted import FittedBlock
 from secateur.sweep import Passage
@@ -67,7 +67,7 @@ class Blockwise(Reconstruction):
             if not math.isfinite(error):
                 break
         fitted.restore(kept)
-        return {"error_before": first, "error_after": best}
+        return dict(zip(FIT_ERRORS, (first, best), strict=True))
 
     def _split(self, passage: Passage) -> tuple[list[int], list[int]]:
         """The micro-batches that are fitted, and those that are held out: the last ones, at least one of several."""

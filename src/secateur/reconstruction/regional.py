@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 
 from secateur.options import Options
-from secateur.reconstruction.base import ChooseAgain, Reconstruction
+from secateur.reconstruction.base import FIT_ERRORS, ChooseAgain, Reconstruction
 from secateur.reconstruction.errors import mean_error, squared_error
 from secateur.reconstruction.fitted import FittedBlock
 from secateur.sweep import Passage
@@ -58,4 +58,5 @@ class Regional(Reconstruction):
             if choose_again is not None:
                 fitted.choose_again(choose_again)
             passage.advance((number + 1) / self.options.rounds)
-        return {"error_before": first, "error_after": mean_error(fitted, passage, everything, squared_error)}
+        last = mean_error(fitted, passage, everything, squared_error)
+        return dict(zip(FIT_ERRORS, (first, last), strict=True))

@@ -25,7 +25,8 @@ def asked(plan: Plan) -> str:
     spread = f", each block its own share by {policy.name}" if policy else ""
     removal = recipe.parsed_removal()
     leaves = f", {'what stays updated' if removal.updates else 'refined'} by {removal.name}" if removal.needs() else ""
-    return " and ".join(parts) + blocks + spread + leaves
+    fitted = ", blocks fitted to the dense model" if recipe.reconstruct else ""
+    return " and ".join(parts) + blocks + spread + leaves + fitted
 
 
 def _whose(recipe: Recipe) -> str:
@@ -81,6 +82,10 @@ def notes_in_words(notes: Mapping[str, Any]) -> list[str]:
         )
     if raised := notes.get("removal", {}).get("dampening"):
         lines.append(f"dampening had to be raised to {raised:g} where the inputs' second moments could not be inverted")
+    if fit := notes.get("reconstruction"):
+        lines.append(
+            f"blocks fitted: their error fell from {fit['error_before']:.4g} to {fit['error_after']:.4g}, a mean over blocks"
+        )
     if found := notes.get("target"):
         target = Target(found["measure"], found["at_most"])
         lines.append(
