@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_families import tiny
 from tiny_models import tiny_llama
 
@@ -52,10 +53,33 @@ def test_a_whole_run_in_bfloat16(save, windows_file, tmp_path, monkeypatch, same
     folder = save(tiny_llama().to(torch.bfloat16))
     monkeypatch.setattr(run, "placement_for", lambda device, stored: BF16)
     for number, fields in enumerate(
-        ({"criterion": "gblm", "unit": "2:4"}, {"criterion": "fms", "unit": "channel", "ratio": 0.3, "queries": 2})
+        (
+            {"criterion": "gblm", "unit": "2:4"},
+            {"criterion": "fms", "unit": "channel", "ratio": 0.3, "queries": 2},
+            {"criterion": "wanda", "unit": "2:4", "reconstruct": "block:epochs=2"},
+        )
     ):
         result = secateur.prune(str(folder), tmp_path / str(number), calibration=str(windows_file), **fields)
         assert result.record["settings"]["device"] == "cpu, bfloat16"
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2"])
+def test_blocks_in_bfloat16_are_fitted_nearly_as_well(family, save, tmp_path, monkeypatch, same_process):
+    from secateur import run
+    from secateur.plans import load_plan
+
+    folder = save(tiny(family).to(torch.bfloat16))
+    windows = tmp_path / "windows.safetensors"
+    save_file({"input_ids": torch.randint(3, 60, (6, 16), generator=torch.Generator().manual_seed(0))}, windows)
+    fields = {"criterion": "wanda", "unit": "2:4", "reconstruct": "block:held_out=0", "calibration": str(windows)}
+    after = {}
+    for placement in (HERE, BF16):
+        monkeypatch.setattr(run, "placement_for", lambda device, stored, placement=placement: placement)
+        secateur.plan(str(folder), out=tmp_path / "p.json", overwrite=True, **fields)
+        errors = load_plan(tmp_path / "p.json").fit_errors()
+        after[placement] = errors["error_after"]
+        assert errors["error_after"] < errors["error_before"]
+    assert after[BF16] == pytest.approx(after[HERE], rel=0.2)
 
 
 def test_which_numbers_where(monkeypatch):

@@ -111,7 +111,7 @@ class _Steps:
 
 def _size(weight: torch.Tensor, stays: torch.Tensor) -> float:
     """The root mean square of what stays of a parameter."""
-    return float((weight.detach().square().sum() / stays.sum().clamp(min=1)).sqrt())
+    return float((weight.detach().square() * stays).sum().div(stays.sum().clamp(min=1)).sqrt())
 
 
 def _in_steps(passage: Passage, order: Sequence[int], windows: int) -> list[list[int]]:

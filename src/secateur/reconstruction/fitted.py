@@ -24,7 +24,7 @@ class FittedBlock:
     Attributes:
         block: with its new weights.
         decision: as given, or as chosen anew.
-        weights: by the parameter's name, what is fitted: float32, zero where something left.
+        weights: by the parameter's name, what is fitted: float32, zero where a mask took something.
         stays: by the parameter's name, where weights stay.
     """
 
@@ -36,9 +36,9 @@ class FittedBlock:
         block.load_state_dict(pruned, strict=False, assign=True)
         self.weights: dict[str, nn.Parameter] = {}
         self._left: dict[str, torch.Tensor] | None = None
-        for name, stays in self.stays.items():
-            # What a cut leaves without a reader keeps its numbers, is never read, and is not fitted.
-            weight = nn.Parameter(pruned[name].detach().float().masked_fill(~stays, 0))
+        for name in self.stays:
+            # Rows that a cut takes keep their numbers here, for norms that span units; nothing else reads them.
+            weight = nn.Parameter(pruned[name].detach().float().clone())
             module, _, leaf = name.rpartition(".")
             block.get_submodule(module)._parameters[leaf] = weight
             self.weights[name] = weight
