@@ -28,8 +28,9 @@ RECIPES: dict[str, list[str]] = {
         "--allocation",
         "owl",
     ],
-    "taylor channels, global, fitted": ["--ratio", "0.3", "--allocation", "global", "--removal", "sparsegpt"],
-    "wanda weight, blocks fitted": ["--criterion", "wanda", "--unit", "weight", "--reconstruct", "block:epochs=2"],
+    "taylor channels, global, refitted, blocks fitted": [
+        *["--ratio", "0.3", "--allocation", "global", "--removal", "sparsegpt", "--reconstruct", "block:epochs=1"],
+    ],
     "taylor head,channel, global": ["--unit", "head,channel", "--ratio", "0.3", "--allocation", "global"],
 }
 
