@@ -83,7 +83,7 @@ POINTS = {
         "taylor channels",
         "wanda 2:4, pruned",
         "sparsegpt weight, each block its own share",
-        "taylor channels, global, fitted",
+        "taylor channels, global, refitted, blocks fitted",
     ],
 )
 def test_what_died_anywhere_is_finished_with_the_same_bytes(
