@@ -12,23 +12,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from secateur.allocation.policies import POLICIES
 from secateur.allocation.policy import Policy
-from secateur.allocation.uniform import ROUNDED
-from secateur.criteria import BlockCriterion, Criterion, criterion_from
+from secateur.criteria import Criterion, criterion_from
 from secateur.criteria.base import Within
 from secateur.errors import RecipeError, suggest
 from secateur.options import parse_named
 from secateur.presets import preset_fields
-from secateur.quantities import NofM, Target, is_n_of_m, parse_bytes, parse_target
+from secateur.quantities import NofM, Target, parse_bytes, parse_target
+from secateur.recipe_rules import (
+    CUT_KINDS,
+    SPANNING,
+    check_allocation,
+    check_amounts,
+    check_block_criterion,
+    check_units,
+)
 from secateur.reconstruction import Reconstruction, reconstruction_from
 from secateur.removal.methods import Removal, removal_from
 from secateur.statistics import GradientSource, Statistic, gradient_kinds
 from secateur.yamlfile import read_yaml
-
-CUT_KINDS = ("block", "hidden", "head", "query", "expert", "channel")
-"""Units that are physically cut out, in the order they are decided."""
-
-SPANNING = ("block", "hidden")
-"""Units of the model as a whole: one choice, for which every block has to be scored first."""
 
 PUBLISHED_ENDS = (4, 2)
 """Blocks of LLaMA-7B's 32 that LLM-Pruner keeps whole at the start and at the end (methods §14.3)."""
@@ -138,11 +139,13 @@ class Recipe(BaseModel):
             raise RecipeError(f"--device is auto, cpu, cuda or cuda:N, not '{self.device}'")
         if self.blocks is not None and not re.fullmatch(r"[0-9]*:[0-9]*", self.blocks):
             raise RecipeError(f"--blocks is FIRST:LAST such as 4:30, not '{self.blocks}'")
-        self._check_units()
+        check_units(self)
         self._settle_masks(criterion)
-        self._check_amounts()
-        self._check_allocation()
-        self._check_block_criterion(criterion)
+        check_amounts(self)
+        if (policy := self.parsed_policy()) is not None:
+            object.__setattr__(self, "allocation", str(policy))
+        check_allocation(self)
+        check_block_criterion(self)
         self._settle_gradient(criterion)
         removal = self._settle_removal(criterion)
         self._settle_reconstruction()
@@ -230,19 +233,6 @@ class Recipe(BaseModel):
             elif getattr(self, name) is not None:
                 raise RecipeError(f"--{name} is about --gradient forward; add that, or leave it out")
 
-    def _check_units(self) -> None:
-        if not self.unit:
-            raise RecipeError("--unit is empty; name at least one unit, for example channel")
-        patterns = [unit for unit in self.unit if unit == "weight" or ":" in unit]
-        for unit in self.unit:
-            if unit not in (*CUT_KINDS, "weight") and not is_n_of_m(unit):
-                known = [*CUT_KINDS, "weight", "2:4"]
-                raise RecipeError(f"there is no unit '{unit}'{suggest(unit, known)}; N:M keeps N of every M, 0 < N < M")
-        if len(set(self.unit)) != len(self.unit):
-            raise RecipeError(f"--unit names a unit twice: {','.join(self.unit)}")
-        if len(patterns) > 1:
-            raise RecipeError(f"{' and '.join(patterns)} cannot go together: one mask pattern at a time")
-
     def _settle_masks(self, criterion: Criterion) -> None:
         pattern = self.n_of_m
         if pattern and self.ratio is not None and abs(self.ratio - pattern.ratio) > 1e-9 and not self.cut_kinds:
@@ -256,81 +246,6 @@ class Recipe(BaseModel):
         if self.within == "global" and self.cut_kinds and self.masks_weights:
             raise RecipeError(
                 "--within global chooses over the whole model before anything is cut; cut and mask in two runs"
-            )
-
-    def _check_amounts(self) -> None:
-        if self.target is not None:
-            parse_target(self.target)
-            if self.ratio is not None:
-                raise RecipeError(f"--target {self.target} says how much leaves; leave --ratio {self.ratio:g} out")
-            if not self.cut_kinds:
-                raise RecipeError("--target is about what is cut, and zeros take no room away; give --ratio instead")
-        if self.round_to > 1 and not any(kind in ROUNDED for kind in self.cut_kinds):
-            raise RecipeError(f"--round-to {self.round_to} is for channel and hidden units; leave it out")
-        if self.steps > 1 and (self.masks_weights or not self.cut_kinds):
-            raise RecipeError("--steps is for units that are cut; masks are chosen in one step, so leave it out")
-
-    def _check_allocation(self) -> None:
-        policy = self.parsed_policy()
-        if policy is not None:
-            object.__setattr__(self, "allocation", str(policy))
-        spread = self.allocation
-        if policy is not None and any(kind in SPANNING for kind in self.cut_kinds):
-            raise RecipeError(
-                f"block and hidden units leave the model as a whole; leave --allocation {policy.name} out"
-            )
-        if policy is not None and self.within == "global":
-            raise RecipeError(
-                f"--within global says itself how much each block gives; leave --allocation {policy.name} out"
-            )
-        if policy is not None and self.steps > 1:
-            raise RecipeError(f"--allocation {policy.name} looks at the dense model once; leave --steps out")
-        if policy is not None and self.masks_weights and "expert" in self.cut_kinds:
-            raise RecipeError(
-                f"--allocation {policy.name} counts the experts' weights before they are cut; cut and mask in two runs"
-            )
-        if self.steps > 1 and spread == "global" and "block" in self.cut_kinds and len(self.cut_kinds) > 1:
-            raise RecipeError("blocks and other units have no global choice in several --steps; leave --steps out")
-        if "query" in self.cut_kinds and spread == "global":
-            raise RecipeError(
-                "query heads leave every group in equal number, so they have no global choice; use --allocation uniform"
-            )
-        if spread == "global" and self.rank == "together" and not _apart_from_each_other(self.cut_kinds):
-            raise RecipeError(
-                f"{' and '.join(self.cut_kinds)} units hold parameters of each other, so one ranking would count them twice; "
-                "use --rank apart"
-            )
-        if "hidden" in self.cut_kinds and self.blocks is not None:
-            raise RecipeError("hidden channels run through all blocks; leave --blocks out")
-        if "hidden" in self.cut_kinds and spread == "two-tier":
-            raise RecipeError(
-                "hidden channels run through all blocks, so no end can be kept whole; use another --allocation"
-            )
-        if spread == "two-tier" and self.blocks is not None:
-            raise RecipeError(
-                "--allocation two-tier names the blocks itself; say --protect FIRST:LAST instead of --blocks"
-            )
-        if spread == "two-tier" and not self.cut_kinds:
-            raise RecipeError("--allocation two-tier is for units that are cut; limit masks with --blocks")
-        if self.protect is not None and spread != "two-tier":
-            raise RecipeError("--protect keeps the ends whole under --allocation two-tier; add that, or leave it out")
-        if self.protect is not None and not re.fullmatch(r"[0-9]+:[0-9]+", self.protect):
-            raise RecipeError(f"--protect is FIRST:LAST, two numbers of blocks such as 4:2, not '{self.protect}'")
-        if self.rank == "apart" and spread != "global":
-            raise RecipeError("--rank is about --allocation global; add that, or leave it out")
-
-    def _check_block_criterion(self, criterion: Criterion) -> None:
-        if not isinstance(criterion, BlockCriterion):
-            return
-        if self.unit != ("block",):
-            raise RecipeError(
-                f"{criterion.name} says what whole blocks are worth and nothing of what is in them, so it cannot choose "
-                f"{','.join(self.unit)}; give --unit block, or another --criterion"
-            )
-        if criterion.of_runs and self.allocation == "global":
-            raise RecipeError(
-                f"{criterion.name} takes one run of blocks and ranks no single ones; leave --allocation global out, or use "
-                "--criterion influence"
             )
 
     @property
@@ -449,11 +364,6 @@ class Recipe(BaseModel):
         content = self.model_dump(mode="json")
         content["unit"] = ",".join(self.unit)
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-
-def _apart_from_each_other(kinds: tuple[str, ...]) -> bool:
-    """Whether no parameter belongs to units of two of these kinds."""
-    return len(kinds) < 2 or not (set(kinds) & set(SPANNING) or {"expert", "channel"} <= set(kinds))
 
 
 def recipe_from(file: Path | None = None, **given: Any) -> Recipe:

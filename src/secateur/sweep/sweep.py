@@ -16,8 +16,9 @@ from secateur.errors import ModelError, ResourceError
 from secateur.statistics import BlockStatistics, GradientStatistic, Statistic, gradient_kinds
 from secateur.sweep.backward import BackwardWalk
 from secateur.sweep.boundary import DamagedBoundaryError
+from secateur.sweep.forward import ForwardWalk
 from secateur.sweep.forward_only import ForwardOnlyWalk, estimated
-from secateur.sweep.walk import Fit, ForwardWalk, SweepSettings, Visit
+from secateur.sweep.walk import Fit, SweepSettings, Visit
 
 
 class Sweep:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +16,6 @@ from secateur.checkpoint.matrices import BlockMatrices
 from secateur.checkpoint.placement import HERE, Placement
 from secateur.checkpoint.reader import Checkpoint
 from secateur.checkpoint.residency import buffers_on, resident_block
-from secateur.console import Advance, progress
 from secateur.errors import ModelError
 from secateur.files import full_disk_is_an_error
 from secateur.finite import all_finite
@@ -26,16 +24,11 @@ from secateur.statistics import (
     BlockStatistic,
     BlockStatistics,
     GradientSource,
-    GradientStatistic,
-    InputStatistic,
     Statistic,
-    gradient_kinds,
 )
-from secateur.sweep.block_local import run_with_own_gradients
 from secateur.sweep.boundary import BoundaryStore, Budget, Committing
 from secateur.sweep.entrance import BlockCalls, enter
 from secateur.sweep.noise import Queries
-from secateur.sweep.taps import InputTaps
 from secateur.workers import ALONE, Workers
 
 Visit = Callable[[int, nn.Module, BlockStatistics], Mapping[str, torch.Tensor] | None]
@@ -196,147 +189,6 @@ class Walk:
         return set.intersection(*self.workers.all(store.committed()))
 
 
-class ForwardWalk(Walk):
-    """First block to last, gathering statistics of inputs; each visited block may be replaced on the way.
-
-    Args:
-        pruned: whether what a visit returns changes what the next block sees.
-        fit: called after each visit; then the dense model's hidden states walk along, as what to fit to.
-    """
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        ids_NT: torch.Tensor,
-        settings: SweepSettings,
-        name: str,
-        pruned: bool = False,
-        fit: Fit | None = None,
-    ) -> None:
-        super().__init__(checkpoint, ids_NT, settings, name)
-        assert pruned or fit is None
-        self._pruned, self._fit = pruned, fit
-
-    def run(self, needs: frozenset[type[Statistic]], blocks: range, visit: Visit, done: int | None = None) -> None:
-        """Walk to the end of ``blocks`` and visit each.
-
-        Args:
-            done: the first block whose visit is not known to be done; those before it may be left out.
-        """
-        with self.ready():
-            store = self.store("inputs")
-            dense = self.store("dense") if self._fit else None
-            stores = [store] if dense is None else [store, dense]
-            safe = set.intersection(*map(self.common, stores))
-            reached = {boundary for boundary in safe if boundary <= (done or blocks.start)}
-            start = max(reached, default=0)
-            for one in stores:
-                one.drop(lambda boundary: boundary != start or not reached)
-            calls = self.enter(None if reached else store)
-            with progress("Sweeping the blocks", blocks.stop, "block", self.tokens, start) as advance:
-                for index in range(start, blocks.stop):  # what follows the last block asked for is never run
-                    with self.block(index, ahead=index + 1) as block:
-                        self._block(index, block, calls, store, dense, needs, blocks, visit, advance)
-                    if index + 1 < blocks.stop:
-                        self.commit(index + 1, *stores)
-                        for one in stores:
-                            one.drop_behind(index + 1, forward=True)
-                    advance()
-            for one in stores:
-                one.clear()
-
-    @torch.no_grad()
-    def _block(
-        self,
-        index: int,
-        block: nn.Module,
-        calls: BlockCalls,
-        store: BoundaryStore,
-        dense: BoundaryStore | None,
-        needs: frozenset[type[Statistic]],
-        blocks: range,
-        visit: Visit,
-        advance: Advance,
-    ) -> None:
-        visited, last = index in blocks, index == blocks.stop - 1
-        matrices = self.checkpoint.skeleton.prunable(index) if visited else {}
-        statistics = self.fresh(matrices, needs) if visited else {}
-        again = self._pruned and visited and not last
-        fit = self._fit if visited else None
-        done = _Runs(self, advance, 1 + again + (1 + fit.forwards if fit else 0))
-        taps = InputTaps(matrices, of_kind(statistics, InputStatistic))
-        own = of_kind(statistics, GradientStatistic) if gradient_kinds(needs) else None
-        for batch, x_BTD in self.stream(store, index, keep=again or fit is not None):
-            run = partial(calls.run, block, index, batch)
-            with taps.watching(block, len(x_BTD)):
-                out_BTD = run_with_own_gradients(block, run, x_BTD, matrices, own) if own else run(x_BTD)
-            _feed_block(statistics, x_BTD, finite(out_BTD, index))
-            if not last and not again:
-                store.put((index + 1, batch), out_BTD)
-            # At the first block nothing before it was pruned, so that what it gives is what the dense model gives.
-            if dense is not None and not (fit and fit.follows_dense and index > blocks.start):
-                dense.put((index + 1, batch), out_BTD)
-            done(batch)
-        if not visited:
-            return
-        self.merge(statistics)
-        replaced = visit(index, block, statistics)
-        del statistics, taps, own  # as large as the block's weights may be
-        if fit is not None and dense is not None:
-            if index > blocks.start and fit.follows_dense:
-                for batch, x_BTD in self.stream(dense, index):
-                    dense.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
-                    done(batch, runs=1)
-            replaced = fit.block(index, block, self._passage(index, block, calls, store, dense, done))
-        if again:
-            if replaced:
-                block.load_state_dict(dict(replaced), strict=False, assign=True)
-            del replaced
-            for batch, x_BTD in self.stream(store, index):
-                store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
-                done(batch, runs=done.all - 1)
-
-    def _passage(
-        self,
-        index: int,
-        block: nn.Module,
-        calls: BlockCalls,
-        store: BoundaryStore,
-        dense: BoundaryStore,
-        done: _Runs,
-    ) -> Passage:
-        def pairs(batches: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-            entering = store.stream(index, batches, self.placement.arrive, keep=True)
-            leaving = dense.stream(index + 1, batches, self.placement.arrive, keep=True)
-            for (batch, x_BTD), (_, target_BTD) in zip(entering, leaving, strict=True):
-                yield batch, x_BTD, target_BTD
-
-        forwards = self._fit.forwards if self._fit else 0.0
-        return Passage(
-            batches=self.batches,
-            windows=[len(ids_BT) for ids_BT in self.ids],
-            run=lambda batch, x_BTD: calls.run(block, index, batch, x_BTD),
-            pairs=pairs,
-            advance=lambda part: done(-1, runs=1 + part * forwards),
-        )
-
-
-class _Runs:
-    """How far the present block is, in runs over all windows.
-
-    Args:
-        all: runs there will be.
-    """
-
-    def __init__(self, walk: Walk, advance: Advance, all: float) -> None:
-        self._walk, self._advance, self.all = walk, advance, all
-
-    def __call__(self, batch: int, runs: float = 0) -> None:
-        """``runs`` are over, and in the next one the windows up to ``batch``; after -1 all of them."""
-        windows = self._walk.seen(-1)
-        self._advance.within(round(windows * runs) + self._walk.seen(batch), round(windows * self.all))
-
-
 def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockStatistics:
     """Statistics that have seen nothing: of each matrix, and of the block itself."""
     # By name: workers join them one after the other, and a set has another order in every process.
@@ -346,13 +198,6 @@ def fresh(matrices: BlockMatrices, needs: frozenset[type[Statistic]]) -> BlockSt
     if of_block:
         statistics[BLOCK] = {kind: kind() for kind in of_block}
     return statistics
-
-
-def _feed_block(statistics: BlockStatistics, x_BTD: torch.Tensor, out_BTD: torch.Tensor) -> None:
-    """Tell the block's own statistics what entered it and what left it, window by window."""
-    for statistic in of_kind(statistics, BlockStatistic).get(BLOCK, []):
-        for x_TD, out_TD in zip(x_BTD, out_BTD, strict=True):
-            statistic.update(x_TD, out_TD)
 
 
 def of_kind(statistics: BlockStatistics, base: type) -> dict[str, list]:
