@@ -151,7 +151,7 @@ class Recipe(BaseModel):
     def _settle_removal(self, criterion: Criterion) -> Removal:
         """Write out how what was chosen leaves, and refuse what it cannot do."""
         given = self.removal is not None
-        removal = removal_from(self.removal or criterion.removal)
+        removal = removal_from(criterion.removal if self.removal is None else self.removal)
         if not given and not self.masks_weights:
             removal = removal_from("mask")
         object.__setattr__(self, "removal", str(removal))
@@ -166,6 +166,11 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"--removal {removal.name} gives new weights inside blocks, and {' and '.join(spanning)} units leave the model "
                 "as a whole; take them out in a run of their own"
+            )
+        if removal.options.model_dump().get("bits", 16) < 16 and not self.masks_weights:
+            raise RecipeError(
+                f"bits={removal.options.bits} rounds matrices out of which single weights leave, and "
+                f"{','.join(self.unit)} are cut; add weight or N:M to --unit, or leave bits out"
             )
         if self.within == "global" and removal.updates and self.masks_weights:
             raise RecipeError(
@@ -270,6 +275,11 @@ class Recipe(BaseModel):
         if spread == "two-tier" and self.blocks is not None:
             raise RecipeError(
                 "--allocation two-tier names the blocks itself; say --protect FIRST:LAST instead of --blocks"
+            )
+        if spread == "global" and not self.cut_kinds:
+            raise RecipeError(
+                "--allocation global is for units that are cut; for masks over the whole model give --unit weight "
+                "--within global"
             )
         if spread == "two-tier" and not self.cut_kinds:
             raise RecipeError("--allocation two-tier is for units that are cut; limit masks with --blocks")
