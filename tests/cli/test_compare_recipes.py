@@ -235,6 +235,29 @@ def test_each_seed_draws_its_own_windows_of_a_text(planned, save, tmp_path, held
     assert len(hashes) == 2
 
 
+def test_text_that_only_a_removal_or_an_allocation_reads_is_shared_too(run, planned, tmp_path, windows_file):
+    recipes = [
+        "magnitude unit=weight removal=sparsegpt",
+        "magnitude unit=weight allocation=owl",
+        "magnitude unit=weight",
+    ]
+    found = run(recipes)
+    assert found.record["calibration"]["0"]["windows"] == [6, 24]
+    for recipe in found.record["recipes"].values():
+        kept = recipe[0]["planning"]["record"]["calibration"]
+        assert kept is None or kept["source"] == str(tmp_path / "out" / "calibration" / "seed-0.safetensors")
+    assert [found.record["recipes"][name][0]["identity"]["calibration"] is None for name in recipes] == [
+        False,
+        False,
+        True,
+    ]
+    other = tmp_path / "other.safetensors"
+    save_file({"input_ids": load_file(windows_file)["input_ids"].flip(1)}, other)
+    with pytest.raises(SecateurError, match="--overwrite"):
+        run(recipes[:1], calibration=str(other))
+    run(recipes[2:], calibration=str(other))
+
+
 def test_another_text_is_measured_anew_and_nothing_planned(run, planned, windows_file):
     first = run(["wanda"])
     second = run(["wanda"], text=str(windows_file))
@@ -271,6 +294,8 @@ BAD = {
     "YAML that is none": (["broken.yaml"], "broken.yaml is not readable YAML"),
     "texts that differ": (["wanda windows=2", "gblm windows=3"], "--windows 2 and 'gblm windows=3' says 3"),
     "no seeds": (["wanda", "--seeds", "0"], "at least 1, not 0"),
+    "a key twice in YAML": (["twice.yaml"], "twice.yaml is not readable YAML: 'unit' stands there twice"),
+    "windows of one token": (["wanda", "--context", "1"], "--context has to be at least 2"),
     "no held-out text": (["wanda", "--text", "none.txt"], "no file none.txt"),
     "its own text": (["wanda", "--text", "self"], "'self' is no text"),
     "too long windows": (["wanda", "--text", "LONG"], "longer than the model's 256 positions"),
@@ -291,6 +316,7 @@ def test_bad_input_is_one_sentence(case, command, planned, llama_folder, windows
     for name in ("My mask.yaml", "my_mask.yaml"):
         (tmp_path / name).write_text("criterion: magnitude")
     (tmp_path / "broken.yaml").write_text("{")
+    (tmp_path / "twice.yaml").write_text("unit: weight\ncriterion: wanda\nunit: head\n")
     monkeypatch.chdir(tmp_path)
     places = {
         "FILE": tmp_path / "full" / "mine.txt",

@@ -152,7 +152,7 @@ def _calibration(
     checkpoint: Checkpoint, entries: Sequence[Entry], seeds: Sequence[int], drawn: bool
 ) -> dict[int, TokenWindows]:
     """The calibration windows of each seed, cut once for all recipes; none where no recipe needs any."""
-    recipe = next((entry.recipe for entry in entries if entry.recipe.parsed_criterion().needs()), None)
+    recipe = next((entry.recipe for entry in entries if entry.recipe.reads_text), None)
     if recipe is None:
         return {}
     fingerprint(recipe.calibration)  # a text that is not there is refused before the model is read
@@ -180,7 +180,7 @@ def _runs(
         for seed in range(first, first + (seeds if entry.depends_on_seed(drawn) else 1)):
             recipe = entry.recipe.model_copy(update={"seed": seed})
             place = folder / RECIPES / entry.folder_name
-            windows = calibration[seed].sha256 if recipe.parsed_criterion().needs() else None
+            windows = calibration[seed].sha256 if recipe.reads_text else None
             identity = {
                 "version": secateur.__version__,
                 "model": checkpoint.content_hash,
@@ -230,7 +230,7 @@ def _plan(folder: Path, run: _Run, calibration: Mapping[int, TokenWindows]) -> N
     interrupted = kept.record.get("attempts", 0) if kept.record.get("begun") else 0
     kept.note(seed=run.recipe.seed, name=run.entry.name, attempts=interrupted + 1, begun=True)
     recipe = run.recipe
-    if recipe.parsed_criterion().needs():
+    if recipe.reads_text:
         file = _windows_file(folder, recipe.seed, calibration[recipe.seed])
         recipe = recipe.model_copy(update={"calibration": str(file), "windows": None, "window_length": None})
     kept.folder.mkdir(parents=True, exist_ok=True)
