@@ -365,6 +365,20 @@ def test_a_damaged_plan_is_refused(run, planned, tmp_path):
     assert run(["magnitude unit=2:4"]).failed == []
 
 
+def test_damaged_new_weights_are_refused_where_they_are_measured_again(run, planned, windows_file, tmp_path):
+    run(["sparsegpt unit=2:4"])
+    place = tmp_path / "out" / "recipes" / "sparsegpt_unit=2_4"
+    file = place / "weights" / "block-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert run(["sparsegpt unit=2:4"]).failed == [], "all is measured already"
+    with pytest.raises(
+        SecateurError, match=r"kept for the recipe 'sparsegpt unit=2:4' cannot be used .*; remove .*2_4, or"
+    ):
+        run(["sparsegpt unit=2:4"], text=str(windows_file))
+    shutil.rmtree(place)
+    assert run(["sparsegpt unit=2:4"], text=str(windows_file)).failed == []
+
+
 def test_a_comparison_at_work_is_not_disturbed(run, planned, monkeypatch, tmp_path):
     from secateur.lock import FolderLock
 
