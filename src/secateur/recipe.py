@@ -217,6 +217,10 @@ class Recipe(BaseModel):
             )
         if self.within not in (None, "row") and pattern:
             raise RecipeError(f"N:M is chosen within every group of M; leave --within {self.within} out")
+        if self.within not in (None, "row") and not self.masks_weights:
+            raise RecipeError(
+                f"--within {self.within} says where single weights compete, and {','.join(self.unit)} are cut; leave it out"
+            )
         if self.within is None:
             object.__setattr__(self, "within", "row" if pattern or not self.masks_weights else criterion.within)
         if self.within == "global" and self.cut_kinds and self.masks_weights:

@@ -219,6 +219,7 @@ def test_the_next_block_sees_what_is_written(llama, windows, tmp_path):
         ({"allocation": "owl", "unit": "block"}, "leave --allocation owl out"),
         ({"allocation": "owl", "unit": "weight", "within": "global"}, "leave --allocation owl out"),
         ({"allocation": "alpha", "unit": "channel", "steps": 3}, "leave --steps out"),
+        ({"within": "share", "unit": "channel"}, "where single weights compete, and channel are cut; leave it out"),
         ({"removal": "", "unit": "weight"}, "there is no removal ''"),
         ({"removal": "sparsegpt:bits=4", "unit": "channel"}, "add weight or N:M to --unit, or leave bits out"),
         ({"removal": "alps:rho=1e308", "unit": "weight"}, "alps:rho cannot be '1e308'"),
