@@ -200,13 +200,12 @@ class Chooser:
         """As many units of one kind in all as ``share`` says, each block its own part."""
         figures = dict(zip(self.blocks, self._figures(), strict=True))
         joined = [policy.of_block(figures[pool.block]) for pool in pools]
-        known = [{} if figure is None else {"units": figure} for figure in joined]
         sizes = [pool.size for pool in pools]
         total = min(int(sum(sizes) * share), sum(pool.most for pool in pools))
         if not total:
             return {pool.key: 0 for pool in pools}
-        ratios = policy.shares(known, [{"units": size} for size in sizes], min(share, LARGEST_SHARE))
-        wish = [own["units"] * size for own, size in zip(ratios, sizes, strict=True)]
+        ratios = policy.spread(joined, sizes, min(share, LARGEST_SHARE))
+        wish = [ratio * size for ratio, size in zip(ratios, sizes, strict=True)]
         counts = apportion(wish, [pool.most for pool in pools], total)
         return {pool.key: rounded(pool, count, round_to) for pool, count in zip(pools, counts, strict=True)}
 

@@ -56,6 +56,8 @@ def parse_named(text: str, known: Mapping[str, type[Kind]], also: tuple[str, ...
     """
     flag = next(iter(known.values())).flag
     name, _, rest = text.strip().partition(":")
+    if name in also:
+        raise RecipeError(f"the {flag} {name} has no options; leave ':{rest}' out")
     if name not in known:
         raise RecipeError(f"there is no {flag} '{name}'{suggest(name, [*also, *known])}")
     kind = known[name]

@@ -169,7 +169,7 @@ class Planner:
                 policy.name,
                 pattern,
             )
-        if policy is not None:
+        if policy is not None and self.recipe.cut_kinds:
             return  # what each block gives is measured first
         kinds = self.recipe.cut_kinds if self.recipe.allocation != "global" else ()
         empty = [kind for kind in kinds if self._warn_if_nothing(kind)]

@@ -72,7 +72,7 @@ class Masked(_Strict):
     """A mask over one matrix; its bits are in the masks file under ``BLOCK.NAME``."""
 
     shape: tuple[int, int]
-    zeros: int
+    zeros: int = Field(ge=0)
 
     @property
     def bytes(self) -> int:
@@ -409,9 +409,13 @@ def _check_entries(plan: Plan, file: Path) -> None:
         raise PlanError(f"{file} names block {twice} twice; make the plan again")
     for entry in plan.blocks:
         kinds = {cut.kind for cut in entry.cuts} - {"hidden", "block"}
-        if entry.block == OUTSIDE and (kinds or entry.masks):
+        if entry.block == OUTSIDE and (kinds or entry.masks or entry.updated):
             raise PlanError(
                 f"{file} takes {', '.join(sorted(kinds)) or 'weights'} from block {OUTSIDE}; make the plan again"
+            )
+        if bool(entry.updated) != (entry.numbers_sha256 is not None):
+            raise PlanError(
+                f"{file} does not say which new weights of block {entry.block} it was saved with; make the plan again"
             )
 
 

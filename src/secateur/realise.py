@@ -97,7 +97,7 @@ class Realisation:
                     )
 
     def check_numbers(self) -> None:
-        """Refuse, before anything is written, a plan whose new weights are missing, damaged or of other shapes.
+        """Refuse, before anything is written, a plan whose new weights are missing, damaged or of other shapes or dtypes.
 
         Raises:
             PlanError: it names the block.
@@ -112,6 +112,14 @@ class Realisation:
                 if name not in matrices or matrices[name].shape(shapes) != tuple(numbers_OI.shape):
                     raise PlanError(
                         f"the plan's new weights of '{name}' in block {entry.block} do not have the weight's shape"
+                    )
+                stored = self.checkpoint.tensors[
+                    self.checkpoint.skeleton.block_prefix(entry.block) + matrices[name].parameter
+                ]
+                if numbers_OI.dtype != stored.dtype:
+                    raise PlanError(
+                        f"the plan's new weights of '{name}' in block {entry.block} are {numbers_OI.dtype}, and the model's are "
+                        f"{stored.dtype}"
                     )
                 if not all_finite(numbers_OI):
                     raise PlanError(f"the plan's new weights of '{name}' in block {entry.block} are not finite")

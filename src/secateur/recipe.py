@@ -162,7 +162,7 @@ class Recipe(BaseModel):
     def _settle_removal(self, criterion: Criterion) -> Removal:
         """Write out how what was chosen leaves, and refuse what it cannot do."""
         given = self.removal is not None
-        removal = removal_from(self.removal or criterion.removal)
+        removal = removal_from(criterion.removal if self.removal is None else self.removal)
         if not given and not self.masks_weights:
             removal = removal_from("mask")
         object.__setattr__(self, "removal", str(removal))
@@ -177,6 +177,11 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"--removal {removal.name} gives new weights inside blocks, and {' and '.join(spanning)} units leave the model "
                 "as a whole; take them out in a run of their own"
+            )
+        if removal.options.model_dump().get("bits", 16) < 16 and not self.masks_weights:
+            raise RecipeError(
+                f"bits={removal.options.bits} rounds matrices out of which single weights leave, and "
+                f"{','.join(self.unit)} are cut; add weight or N:M to --unit, or leave bits out"
             )
         if self.within == "global" and removal.updates and self.masks_weights:
             raise RecipeError(
@@ -241,6 +246,10 @@ class Recipe(BaseModel):
             )
         if self.within not in (None, "row") and pattern:
             raise RecipeError(f"N:M is chosen within every group of M; leave --within {self.within} out")
+        if self.within not in (None, "row") and not self.masks_weights:
+            raise RecipeError(
+                f"--within {self.within} says where single weights compete, and {','.join(self.unit)} are cut; leave it out"
+            )
         if self.within is None:
             object.__setattr__(self, "within", "row" if pattern or not self.masks_weights else criterion.within)
         if self.within == "global" and self.cut_kinds and self.masks_weights:

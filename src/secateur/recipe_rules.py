@@ -84,6 +84,11 @@ def check_allocation(recipe: Recipe) -> None:
         )
     if spread == "two-tier" and recipe.blocks is not None:
         raise RecipeError("--allocation two-tier names the blocks itself; say --protect FIRST:LAST instead of --blocks")
+    if spread == "global" and not recipe.cut_kinds:
+        raise RecipeError(
+            "--allocation global is for units that are cut; for masks over the whole model give --unit weight "
+            "--within global"
+        )
     if spread == "two-tier" and not recipe.cut_kinds:
         raise RecipeError("--allocation two-tier is for units that are cut; limit masks with --blocks")
     if recipe.protect is not None and spread != "two-tier":

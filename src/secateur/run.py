@@ -214,6 +214,10 @@ def apply(
     if not plan.removes_anything():
         raise PlanError(f"the plan at {plan_path} removes nothing; make another")
     try:
+        notes_in_words(plan.notes)  # told when all is written: what cannot be is refused now
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"the notes of the plan at {plan_path} are not what a plan notes; make it again") from error
+    try:
         realisation = Realisation(checkpoint, plan)
         realisation.check_numbers()
     except PlanError as error:

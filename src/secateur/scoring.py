@@ -87,7 +87,8 @@ class BlockScorer:
     def _checked(self, name: str, score: torch.Tensor) -> torch.Tensor:
         if not all_finite(score):
             raise RecipeError(
-                f"{self._criterion} gives scores that are not finite in block {self._index} ({name}); choose smaller options"
+                f"{self._criterion} gives scores that are not finite in block {self._index} ({name}); "
+                "choose smaller options, or another criterion: the model's numbers may overflow"
             )
         return score
 

@@ -23,6 +23,7 @@ from secateur.removal.composition import compose
 from secateur.removal.decision import BlockDecision, Removals, model_cut
 from secateur.resuming import DECISION, ROUND
 from secateur.runlog import say
+from secateur.statistics import InputSecondMoment
 from secateur.structure import Structure
 from secateur.workers import Workers
 
@@ -69,12 +70,41 @@ def prepare(planner: Planner, out: Path | None, fix: Callable[[int], None]) -> N
     """
     place, workers = planner.workplace, planner.workplace.workers
     estimate = planner.estimate(out)
+    if workers.leads:
+        _warn_of_little_text(planner)
     say(f"This will take {estimate.in_words()}.", "preflight", **estimate.to_json())
     refuse_what_cannot_fit(estimate, planner.recipe, place.scratch, place.cache or place.scratch, out)
     micro_batch = min(workers.all(estimate.micro_batch))
     if micro_batch != (place.micro_batch or planner.recipe.micro_batch) and workers.leads:
         fix(micro_batch)
     planner.workplace = replace(place, memory=estimate.spare, micro_batch=micro_batch)
+
+
+def _warn_of_little_text(planner: Planner) -> None:
+    """Say loudly where fewer tokens are measured than a matrix has inputs: their second moments then have no full rank.
+
+    Dampening makes them invertible all the same, so nothing fails, but weights are fitted to the few directions that the text
+    has.
+    """
+    recipe, skeleton = planner.recipe, planner.checkpoint.skeleton
+    if InputSecondMoment not in recipe.needs():
+        return
+    tokens = planner.windows.ids_NT.numel()
+    shapes = [
+        matrix.shape(skeleton.block_shapes(index))
+        for index in planner.blocks
+        for matrix in skeleton.prunable(index).values()
+    ]
+    widest = max((inputs for _, inputs in shapes), default=0)
+    if tokens < widest:
+        log.warning(
+            "TOO LITTLE TEXT: %s has %d calibration tokens for matrices of up to %d inputs, so its result may well be worse "
+            "than plain Wanda's; give at least %d tokens with --windows or --window-length, or a longer --calibration text.",
+            planner.removal.name if planner.removal.updates else planner.criterion.name,
+            tokens,
+            widest,
+            widest,
+        )
 
 
 def kept_plan(file: Path, recipe: Recipe) -> Plan | None:

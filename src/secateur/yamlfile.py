@@ -7,12 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from yaml.constructor import ConstructorError
 
 from secateur.errors import RecipeError, reason_of
 
 
 class _PlainNumbers(yaml.SafeLoader):
-    """YAML 1.1 reads 4:30 and 2:4 as numbers to the base of sixty; here they are what they look like."""
+    """YAML 1.1 reads 4:30 and 2:4 as numbers to the base of sixty; here they are what they look like.
+
+    A key that stands twice is an error: the library would take the last without a word.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise ConstructorError(None, None, f"'{key.value}' stands there twice", key.start_mark)
+            seen.add(str(key.value))
+        return dict(super().construct_mapping(node, deep))
 
 
 _PlainNumbers.yaml_implicit_resolvers = {

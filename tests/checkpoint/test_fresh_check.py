@@ -15,7 +15,7 @@ import secateur
 from secateur.checkpoint import plain_load, verify
 from secateur.checkpoint.architecture import loader_for
 from secateur.checkpoint.plain_load import plain_logits
-from secateur.checkpoint.verify import float32_bytes, fresh_logits
+from secateur.checkpoint.verify import compare_logits, float32_bytes, fresh_logits
 from secateur.errors import OutputError
 
 IDS_BT = torch.arange(3, 20)[None]
@@ -119,3 +119,9 @@ def test_remote_code_in_a_fresh_process_one_module_at_a_time(save, tmp_path):
     with torch.no_grad():
         expected = secateur.load(folder)(input_ids=IDS_BT).logits
     assert torch.allclose(fresh_logits(folder, IDS_BT, True, limit=0), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_overflows_by_itself_is_not_called_a_wrong_cut(value):
+    with pytest.raises(OutputError, match="own logits are not finite"):
+        compare_logits(torch.tensor([1.0, value]), torch.zeros(2))

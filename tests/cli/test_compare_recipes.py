@@ -235,14 +235,29 @@ def test_each_seed_draws_its_own_windows_of_a_text(planned, save, tmp_path, held
     assert len(hashes) == 2
 
 
-def test_windows_that_only_a_removal_or_a_fit_reads_are_shared_too(run, planned, tmp_path):
-    recipes = ["magnitude unit=2:4 removal=sparsegpt", "magnitude unit=2:4 reconstruct=block:epochs=1"]
-    comparison = run(recipes)
-    assert comparison.failed == []
-    assert len(comparison.record["calibration"]) == 1
-    for folder in (tmp_path / "out" / "recipes").iterdir():
-        used = secateur.recipe.recipe_from(folder / "recipe.yaml").calibration
-        assert Path(used).is_relative_to(tmp_path / "out"), "not cut a second time"
+def test_text_that_only_a_removal_a_fit_or_an_allocation_reads_is_shared_too(run, planned, tmp_path, windows_file):
+    recipes = [
+        "magnitude unit=weight removal=sparsegpt",
+        "magnitude unit=2:4 reconstruct=block:epochs=1",
+        "magnitude unit=weight allocation=owl",
+        "magnitude unit=weight",
+    ]
+    found = run(recipes)
+    assert found.record["calibration"]["0"]["windows"] == [6, 24]
+    for recipe in found.record["recipes"].values():
+        kept = recipe[0]["planning"]["record"]["calibration"]
+        assert kept is None or kept["source"] == str(tmp_path / "out" / "calibration" / "seed-0.safetensors")
+    assert [found.record["recipes"][name][0]["identity"]["calibration"] is None for name in recipes] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    other = tmp_path / "other.safetensors"
+    save_file({"input_ids": load_file(windows_file)["input_ids"].flip(1)}, other)
+    with pytest.raises(SecateurError, match="--overwrite"):
+        run(recipes[:1], calibration=str(other))
+    run(recipes[3:], calibration=str(other))
 
 
 def test_another_text_is_measured_anew_and_nothing_planned(run, planned, windows_file):
@@ -281,6 +296,8 @@ BAD = {
     "YAML that is none": (["broken.yaml"], "broken.yaml is not readable YAML"),
     "texts that differ": (["wanda windows=2", "gblm windows=3"], "--windows 2 and 'gblm windows=3' says 3"),
     "no seeds": (["wanda", "--seeds", "0"], "at least 1, not 0"),
+    "a key twice in YAML": (["twice.yaml"], "twice.yaml is not readable YAML: 'unit' stands there twice"),
+    "windows of one token": (["wanda", "--context", "1"], "--context has to be at least 2"),
     "no held-out text": (["wanda", "--text", "none.txt"], "no file none.txt"),
     "its own text": (["wanda", "--text", "self"], "'self' is no text"),
     "too long windows": (["wanda", "--text", "LONG"], "longer than the model's 256 positions"),
@@ -301,6 +318,7 @@ def test_bad_input_is_one_sentence(case, command, planned, llama_folder, windows
     for name in ("My mask.yaml", "my_mask.yaml"):
         (tmp_path / name).write_text("criterion: magnitude")
     (tmp_path / "broken.yaml").write_text("{")
+    (tmp_path / "twice.yaml").write_text("unit: weight\ncriterion: wanda\nunit: head\n")
     monkeypatch.chdir(tmp_path)
     places = {
         "FILE": tmp_path / "full" / "mine.txt",
@@ -347,6 +365,20 @@ def test_a_damaged_plan_is_refused(run, planned, tmp_path):
             run(["magnitude unit=2:4"])
     shutil.rmtree(place)
     assert run(["magnitude unit=2:4"]).failed == []
+
+
+def test_damaged_new_weights_are_refused_where_they_are_measured_again(run, planned, windows_file, tmp_path):
+    run(["sparsegpt unit=2:4"])
+    place = tmp_path / "out" / "recipes" / "sparsegpt_unit=2_4"
+    file = place / "weights" / "block-0001.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    assert run(["sparsegpt unit=2:4"]).failed == [], "all is measured already"
+    with pytest.raises(
+        SecateurError, match=r"kept for the recipe 'sparsegpt unit=2:4' cannot be used .*; remove .*2_4, or"
+    ):
+        run(["sparsegpt unit=2:4"], text=str(windows_file))
+    shutil.rmtree(place)
+    assert run(["sparsegpt unit=2:4"], text=str(windows_file)).failed == []
 
 
 def test_a_comparison_at_work_is_not_disturbed(run, planned, monkeypatch, tmp_path):

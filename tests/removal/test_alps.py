@@ -113,6 +113,17 @@ def test_unrelated_inputs_give_magnitude_and_dead_ones_leave_first():
     assert not dead.mask_OI[:, 5].any()
 
 
+@pytest.mark.parametrize("rho", [1e-6, 1e6])
+def test_the_least_and_the_greatest_penalty_give_a_finite_fit(rho):
+    weight_OI, hessian_II = problem(12, 60, 2)
+    amount = Amount(360, "block")
+    found = alps(weight_OI, hessian_II, amount, options=AlpsOptions(rho=rho))
+    assert int((~found.mask_OI).sum()) == 360
+    assert bool(found.weight_OI.isfinite().all())
+    masked = cost(weight_OI * lowest_mask(weight_OI.abs(), amount, "w"), weight_OI, hessian_II)
+    assert found.loss < masked
+
+
 def test_a_width_that_m_does_not_divide_is_refused_by_name():
     weight_OI, hessian_II = problem(2, 6)
     with pytest.raises(RecipeError, match=r"2:4 needs widths that 4 divides, but 'model\.q' has 6 inputs"):

@@ -50,10 +50,25 @@ def test_masks_take_the_lowest_of_what_is_compared(outputs, inputs, block_size, 
         assert int((~mask_OI).sum()) == leaving
         places = torch.arange(outputs * inputs).reshape(outputs, inputs)
         parts = {"row": places.split(1), "block": places.split(block_size, dim=1), "layer": [places]}[within]
-        for part in parts:
-            order = torch.sort(score_OI.reshape(-1)[part.reshape(-1)], stable=True).indices
-            kept_in_order = mask_OI.reshape(-1)[part.reshape(-1)][order].int()
-            assert (kept_in_order.diff() >= 0).all()  # first all that leave, then all that stay
+        lowest_OI = torch.ones_like(mask_OI)
+        for part in (part.reshape(-1) for part in parts):
+            gone = int((~mask_OI.reshape(-1)[part]).sum())
+            order = torch.sort(score_OI.reshape(-1)[part], stable=True).indices
+            lowest_OI.view(-1)[part[order[:gone]]] = False
+        if bool(lowest_OI.any(dim=1).all()):
+            assert torch.equal(mask_OI, lowest_OI)
+        elif leaving <= outputs * (inputs - 1):
+            assert mask_OI.any(dim=1).all()
+            bare_O = ~lowest_OI.any(dim=1)
+            assert (mask_OI[bare_O].sum(dim=1) == 1).all(), "one that would be empty keeps no more than one"
+
+
+def test_a_row_that_would_be_empty_keeps_its_highest():
+    score_OI = torch.tensor([[0.1, 0.2, 0.1, 0.2], [5.0, 6.0, 7.0, 8.0], [1.0, 1.0, 9.0, 9.0]])
+    by_layer = lowest_mask(score_OI, Amount(7, "layer"), "w")
+    assert by_layer.int().tolist() == [[0, 0, 0, 1], [0, 0, 1, 1], [0, 0, 1, 1]]
+    by_block = lowest_mask(score_OI, Amount(6, "block"), "w", 2)
+    assert by_block.int().tolist() == [[0, 0, 0, 1], [1, 1, 0, 0], [0, 1, 1, 1]]
 
 
 def test_what_cannot_be_is_refused():

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from secateur.errors import RecipeError
 from secateur.removal import masks, threshold
+from secateur.removal.amount import Amount
 from secateur.removal.masks import n_of_m_mask, pack, row_mask, threshold_mask, unpack
-from secateur.removal.selection import without_lowest
+from secateur.removal.selection import lowest_mask, without_lowest
 
 scores = st.builds(
     lambda rows, groups, group, seed: (torch.randint(5, (rows, groups * group), generator=torch.Generator().manual_seed(seed)).float(), group),
@@ -41,6 +42,14 @@ def test_layer_counts_and_packing(drawn, ratio):
 def test_width_that_m_does_not_divide_is_refused_by_name():
     with pytest.raises(RecipeError, match=r"2:4 needs widths that 4 divides, but 'model.q' has 6 inputs"):
         n_of_m_mask(torch.zeros(2, 6), 2, 4, "model.q")
+
+
+@pytest.mark.parametrize("within", ["row", "share", "block", "layer"])
+def test_scores_that_lie_transposed_give_the_same_mask(within):
+    """As GPT-2 keeps its weights."""
+    score_OI = torch.randint(5, (12, 40), generator=torch.Generator().manual_seed(1)).float()
+    amount = Amount(400, within)
+    assert torch.equal(lowest_mask(score_OI.T.contiguous().T, amount, "w", 16), lowest_mask(score_OI, amount, "w", 16))
 
 
 def test_threshold_takes_the_first_ties_and_hands_on_the_rest():

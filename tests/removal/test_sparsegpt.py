@@ -108,7 +108,13 @@ def test_a_width_that_m_does_not_divide_is_refused_by_name():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.sampled_from(["row", "block", "layer"]), st.integers(1, 6), st.integers(1, 30), st.integers(0, 99), st.data())
+@given(
+    st.sampled_from(["row", "share", "block", "layer"]),
+    st.integers(1, 6),
+    st.integers(1, 30),
+    st.integers(0, 99),
+    st.data(),
+)
 def test_counts_are_exact_at_every_edge(within, outputs, inputs, seed, data):
     kind = data.draw(st.sampled_from(["random", "dead", "one window", "zero row", "constant", "all equal"]))
     weight_OI, hessian_II = problem(outputs, inputs, seed, tokens=2 if kind == "one window" else None)
@@ -129,9 +135,33 @@ def test_counts_are_exact_at_every_edge(within, outputs, inputs, seed, data):
     assert bool(done.weight_OI.isfinite().all())
     assert int((~done.mask_OI).sum()) == amount.leaving
     assert (done.weight_OI[~done.mask_OI] == 0).all()
+    if amount.leaving <= outputs * (inputs - 1):
+        assert done.mask_OI.any(dim=1).all()
     if within == "row":
         counts_O = (~done.mask_OI).sum(1)
         assert int(counts_O.max() - counts_O.min()) <= 1
+
+
+@pytest.mark.parametrize("within", ["row", "share", "block", "layer"])
+@pytest.mark.parametrize(("ratio", "block_size"), [(0.95, 16), (0.99, 128), (0.99, 7)])
+def test_no_row_is_emptied(within, ratio, block_size):
+    """Three rows are so small that every comparison with the others takes them as a whole."""
+    weight_OI, hessian_II = problem(8, 130, 2)
+    weight_OI[[0, 3, 7]] *= 1e-4
+    amount = Amount(min(int(8 * 130 * ratio), 8 * 129), within)
+    done = sparsegpt(weight_OI, hessian_II, amount, block_size=block_size)
+    assert int((~done.mask_OI).sum()) == amount.leaving
+    assert done.mask_OI.any(dim=1).all()
+
+
+def test_within_a_share_rows_are_compared_by_the_part_of_their_scores_that_is_gone():
+    weight_OI, hessian_II = problem(6, 40, 1)
+    weight_OI[2] *= 30
+    amount = Amount(120, "share")
+    done = sparsegpt(weight_OI, hessian_II, amount)
+    score_OI = (weight_OI / factor(hessian_II).upper_II.diagonal()).square()
+    assert torch.equal(done.mask_OI, lowest_mask(score_OI, amount, "w"))
+    assert not torch.equal(done.mask_OI, lowest_mask(score_OI, Amount(120, "layer"), "w"))
 
 
 @pytest.mark.parametrize("dead", [[], [3]])

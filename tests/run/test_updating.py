@@ -219,6 +219,14 @@ def test_the_next_block_sees_what_is_written(llama, windows, tmp_path):
         ({"allocation": "owl", "unit": "block"}, "leave --allocation owl out"),
         ({"allocation": "owl", "unit": "weight", "within": "global"}, "leave --allocation owl out"),
         ({"allocation": "alpha", "unit": "channel", "steps": 3}, "leave --steps out"),
+        ({"within": "share", "unit": "channel"}, "where single weights compete, and channel are cut; leave it out"),
+        ({"removal": "", "unit": "weight"}, "there is no removal ''"),
+        ({"removal": "sparsegpt:bits=4", "unit": "channel"}, "add weight or N:M to --unit, or leave bits out"),
+        ({"removal": "alps:rho=1e308", "unit": "weight"}, "alps:rho cannot be '1e308'"),
+        ({"removal": "alps:rho=1e-300", "unit": "weight"}, "alps:rho cannot be '1e-300'"),
+        ({"allocation": "global", "unit": "weight"}, "give --unit weight --within global"),
+        ({"allocation": "global", "unit": "2:4"}, "is for units that are cut"),
+        ({"allocation": "uniform:x=1", "unit": "weight"}, "allocation uniform has no options; leave ':x=1' out"),
     ],
 )
 def test_what_cannot_go_together_is_one_sentence(fields, sentence):
@@ -250,15 +258,23 @@ def test_a_policy_meets_the_ratio_to_one_weight(llama, windows, allocation, fiel
     assert len(set(plan.notes["allocation"]["weight"].values())) > 1, "blocks differ"
 
 
-@pytest.mark.parametrize("unit", ["channel", "head,channel"])
-def test_a_policy_meets_the_ratio_of_cut_units(llama, windows, unit, tmp_path):
+@pytest.mark.parametrize(
+    ("unit", "allocation"),
+    [
+        ("channel", "alpha"),
+        ("head,channel", "alpha"),
+        ("channel", "owl:spread=0.4,outlier=2"),
+        ("head,channel", "sensitivity:windows=2"),
+    ],
+)
+def test_a_policy_meets_the_ratio_of_cut_units(llama, windows, unit, allocation, tmp_path):
     secateur.plan(
         str(llama),
         out=tmp_path / "plan.json",
         criterion="magnitude",
         unit=unit,
         ratio=0.4,
-        allocation="alpha",
+        allocation=allocation,
         calibration=windows,
     )
     plan = load_plan(tmp_path / "plan.json")

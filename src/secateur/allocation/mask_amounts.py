@@ -20,9 +20,9 @@ class MaskAmounts:
     """The amount of every matrix, out of a recipe.
 
     Under a uniform allocation each comparison group gives its ratio rounded down, as published codes count. Where every
-    block has its own ratio the counts of all matrices add up to the recipe's share of all weights exactly, and no row, no
-    group and no block is emptied; under N:M a block can only give whole weights of every group, so the total is off by at
-    most half of such a step.
+    block has its own ratio the counts of all matrices add up to the recipe's share of all weights exactly; under N:M a
+    block can only give whole weights of every group, so the total is off by at most half of such a step. Either way
+    as many weights stay as there are rows, or groups, so that none is emptied.
 
     Args:
         ratios: by block and matrix; None is uniform.
@@ -51,7 +51,7 @@ class MaskAmounts:
             return Amount(outputs * int(inputs * recipe.mask_ratio), "row")
         if recipe.within == "global" or recipe.within is None:
             return None
-        return Amount(int(outputs * inputs * recipe.mask_ratio), recipe.within)
+        return Amount(min(int(outputs * inputs * recipe.mask_ratio), outputs * max(0, inputs - 1)), recipe.within)
 
 
 def _counted_weights(recipe: Recipe, ratios: Ratios, shapes: Shapes) -> dict[tuple[int, str], Amount]:

@@ -78,15 +78,16 @@ class Policy(Named, ABC):
             ratio: in [0, 1).
         """
         if getattr(self.options, "by", "block") == "block":
-            ratio_L = self._spread(
+            ratio_L = self.spread(
                 [self.of_block(figures) for figures in figures_by_block], [sum(own.values()) for own in sizes], ratio
             )
             return [dict.fromkeys(own, share) for own, share in zip(sizes, ratio_L, strict=True)]
         figures = [own.get(name) for own, there in zip(figures_by_block, sizes, strict=True) for name in there]
-        each = iter(self._spread(figures, [size for own in sizes for size in own.values()], ratio))
+        each = iter(self.spread(figures, [size for own in sizes for size in own.values()], ratio))
         return [{name: next(each) for name in own} for own in sizes]
 
-    def _spread(self, figures: Sequence[float | None], size_L: Sequence[int], ratio: float) -> list[float]:
+    def spread(self, figures: Sequence[float | None], size_L: Sequence[int], ratio: float) -> list[float]:
+        """The ratio of every part (a block, a matrix) out of its one figure; as ``shares`` where some or all have none."""
         known = [figure for figure in figures if figure is not None]
         if not known or max(known) == min(known) or not sum(size_L):
             return [ratio] * len(figures)

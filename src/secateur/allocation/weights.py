@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import prod
 
 import torch
 
 from secateur.recipe import Recipe
 from secateur.removal.amount import Amount
 from secateur.removal.masks import threshold_mask
-from secateur.removal.selection import lowest_mask
+from secateur.removal.selection import lowest_mask, with_best_beyond_price
 from secateur.removal.threshold import exact_threshold
 
 
 class WeightChooser:
     """Chooses masks, block by block in order: the ties at a global threshold are used up on the way.
+
+    Every row keeps its highest weight, so that no threshold over the model empties a matrix of small weights.
 
     Args:
         all_scores: gives the scores of every block anew each time; for a threshold over the whole model.
@@ -23,8 +26,12 @@ class WeightChooser:
     def __init__(self, recipe: Recipe, all_scores: Callable[[], Iterable[torch.Tensor]]) -> None:
         self._threshold: tuple[float, int] | None = None
         if recipe.masks_weights and recipe.within == "global":
-            leaving = int(sum(chunk.numel() for chunk in all_scores()) * recipe.mask_ratio)
-            self._threshold = exact_threshold(all_scores, leaving) if leaving else None
+            sizes = [tuple(score_OI.shape) for score_OI in all_scores()]
+            most = sum(outputs * max(0, inputs - 1) for outputs, inputs in sizes)
+            leaving = min(int(sum(map(prod, sizes)) * recipe.mask_ratio), most)
+            self._threshold = (
+                exact_threshold(lambda: map(with_best_beyond_price, all_scores()), leaving) if leaving else None
+            )
 
     def mask(self, score_OI: torch.Tensor, amount: Amount | None, name: str) -> torch.Tensor:
         """What stays of one matrix.
@@ -37,7 +44,7 @@ class WeightChooser:
             return lowest_mask(score_OI, amount, name)
         if self._threshold is None:
             return torch.ones_like(score_OI, dtype=torch.bool)
-        mask_OI, ties = threshold_mask(score_OI, *self._threshold)
+        mask_OI, ties = threshold_mask(with_best_beyond_price(score_OI), *self._threshold)
         self._threshold = self._threshold[0], ties
         return mask_OI
 

@@ -19,6 +19,7 @@ from secateur.checkpoint.skeleton import load_config
 from secateur.console import log
 from secateur.errors import OutputError, ResourceError
 from secateur.files import human_bytes
+from secateur.finite import all_finite
 from secateur.memory import memory_available
 
 TOLERANCE = 1e-3
@@ -87,11 +88,16 @@ def compare_logits(expected_BTV: torch.Tensor, found_BTV: torch.Tensor) -> float
     """The largest difference as a share of the largest expected logit.
 
     Raises:
-        OutputError: the shapes differ or the difference exceeds ``TOLERANCE``.
+        OutputError: the shapes differ, the expected ones are not finite, or the difference exceeds ``TOLERANCE``.
     """
     if expected_BTV.shape != found_BTV.shape:
         raise OutputError(
             f"the written model gives logits of shape {list(found_BTV.shape)} instead of {list(expected_BTV.shape)}; nothing was kept"
+        )
+    if not all_finite(expected_BTV):
+        raise OutputError(
+            "the masked dense model's own logits are not finite, for its numbers overflow, so what was written cannot be "
+            "compared with it; nothing was kept: prune less, or give a model whose weights are smaller"
         )
     scale = expected_BTV.abs().max().clamp_min(1e-12)
     difference = float((expected_BTV - found_BTV).abs().max() / scale)

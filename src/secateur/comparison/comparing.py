@@ -213,10 +213,14 @@ def _check_plan(run: _Run) -> None:
     try:
         load_plan(run.folder.plan_file)
     except PlanError as error:
-        raise PlanError(
-            f"the plan kept for the recipe '{run.entry.name}' cannot be used ({error}); remove {run.folder.folder}, or give "
-            "--overwrite to start over"
-        ) from error
+        raise _unusable(run, error) from error
+
+
+def _unusable(run: _Run, error: PlanError) -> PlanError:
+    return PlanError(
+        f"the plan kept for the recipe '{run.entry.name}' cannot be used ({error}); remove {run.folder.folder}, or give "
+        "--overwrite to start over"
+    )
 
 
 def _plan(folder: Path, run: _Run, calibration: Mapping[int, TokenWindows]) -> None:
@@ -266,11 +270,25 @@ def _measure(folder: Path, checkpoint: Checkpoint, runs: Sequence[_Run], windows
     if not missing and read_json(folder / DENSE).get("on") == on:
         return
     structure = _structure(checkpoint, missing)
-    variants = {run.key: Realisation(checkpoint, load_plan(run.folder.plan_file), structure) for run in missing}
+    variants = {run.key: _realised(checkpoint, run, structure) for run in missing}
     memory = _spare(checkpoint, runs[0].recipe, windows)
     settings = SweepSettings(runs[0].recipe.micro_batch, memory, folder / SCRATCH, placement)
     measured = measure_variants(checkpoint, variants, windows, settings)
     _keep(folder, measured, missing, on)
+
+
+def _realised(checkpoint: Checkpoint, run: _Run, structure: Structure | None) -> Realisation:
+    """The plan of ``run``, its new weights looked through before anything is measured.
+
+    Raises:
+        PlanError: they are missing or damaged.
+    """
+    try:
+        realisation = Realisation(checkpoint, load_plan(run.folder.plan_file), structure)
+        realisation.check_numbers()
+    except PlanError as error:
+        raise _unusable(run, error) from error
+    return realisation
 
 
 def _keep(folder: Path, measured: Measured, runs: Sequence[_Run], on: dict[str, str]) -> None:

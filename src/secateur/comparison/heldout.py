@@ -23,8 +23,10 @@ def held_out_windows(
 
     Raises:
         CalibrationError: the text cannot be used.
-        RecipeError: windows are longer than the model has positions.
+        RecipeError: windows are longer than the model has positions, or have no next token.
     """
+    if context is not None and context < 2:
+        raise RecipeError(f"--context has to be at least 2 (a token and the next), not {context}")
     config = checkpoint.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if context is None and positions is not None and not text.endswith(".safetensors"):

@@ -55,7 +55,8 @@ def threshold_mask(score_OI: torch.Tensor, threshold: float, ties: int) -> tuple
     Returns:
         the mask, and how many ties are left for the matrices that follow.
     """
-    keep_OI = torch.empty_like(score_OI, dtype=torch.bool)
+    # Rows after rows, also where scores lie as a weight does that is kept transposed: ties are counted through them.
+    keep_OI = torch.empty(score_OI.shape, dtype=torch.bool, device=score_OI.device)
     for rows in row_chunks(score_OI):
         keep_RI = torch.ge(score_OI[rows], threshold, out=keep_OI[rows])
         if ties:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from secateur.removal.amount import Amount, block_counts, row_counts
+from secateur.removal.amount import Amount, row_counts
 from secateur.removal.curvature import DAMPENING, Factor, factor
 from secateur.removal.quantise import Quantiser
-from secateur.removal.selection import BLOCK, lowest_mask, without_lowest, without_lowest_of_rows
+from secateur.removal.selection import BLOCK, ByBlocks, lowest_mask, without_lowest_of_rows
 
 SUB_BLOCK = 32
 """Columns that are frozen one by one; their errors reach the rest of the block, and it the rest, as matrix products."""
@@ -105,7 +105,7 @@ class _Walk:
         self.given = mask_OI is not None or (amount.within in ("layer", "share") and not amount.group)
         self.by_group = not self.given and amount.group > 0
         if mask_OI is None and self.given:
-            mask_OI = without_lowest(self._score_OC(slice(None)), amount.leaving)
+            mask_OI = lowest_mask(self._score_OC(slice(None)), amount, name)
         self.keep_IO = torch.ones_like(self.weight_IO, dtype=torch.bool) if mask_OI is None else mask_OI.T.clone()
 
     def freeze_all(self, block_size: int) -> float:
@@ -124,7 +124,7 @@ class _Walk:
 
     def _chosen_by_block(self, block_size: int) -> Iterator[torch.Tensor]:
         """Each block's mask ``(O, B)``, taken of its weights at the moment when it is asked for."""
-        outputs, inputs = self.shape_OI
+        inputs = self.shape_OI[1]
         blocks = [slice(start, min(start + block_size, inputs)) for start in range(0, inputs, block_size)]
         if self.amount.within == "row":
             counts_O = row_counts(self.amount, self.shape_OI, self._score_OC(slice(None)))
@@ -132,9 +132,9 @@ class _Walk:
                 part_O = counts_O * block.stop // inputs - counts_O * block.start // inputs
                 yield without_lowest_of_rows(self._score_OC(block), part_O)
         else:
-            counts = block_counts(self.amount, inputs, outputs, block_size)
-            for block, count in zip(blocks, counts, strict=True):
-                yield without_lowest(self._score_OC(block), count)
+            by_blocks = ByBlocks(self.amount, self.shape_OI, block_size)
+            for block in blocks:
+                yield by_blocks.next(self._score_OC(block))
 
     def _score_OC(self, columns: slice) -> torch.Tensor:
         return (self.weight_IO[columns] / self.diagonal_I1[columns]).square().T.contiguous()

@@ -13,7 +13,7 @@ from secateur.statistics import InputSecondMoment
 
 
 class ALPSOptions(UpdatingOptions):
-    rho: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    rho: float = Field(default=0.1, ge=1e-6, le=1e6)  # beside ones on the diagonal; far off float32 ends
     steps: int = Field(default=300, ge=1, le=100_000)
     fit_steps: int = Field(default=10, ge=0, le=100_000)
 
