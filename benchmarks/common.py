@@ -82,6 +82,8 @@ class Results:
         return self.content["entries"].get(key)
 
     def put(self, key: str, entry: dict[str, Any]) -> None:
+        if self.path.is_file():  # another process may measure other entries meanwhile
+            self.content["entries"] = json.loads(self.path.read_text())["entries"]
         self.content["entries"][key] = {"date": datetime.date.today().isoformat(), **entry}
         RESULTS.mkdir(exist_ok=True)
         self.path.write_text(json.dumps(self.content, indent=1) + "\n")

@@ -5,7 +5,7 @@
 Each column is a `secateur compare` on the reference windows. In the columns whose times are shown every method has a comparison and a cache of its
 own, so that nothing is found made; times are of planning (opening the model, calibrating, choosing), beside one plain forward without the head over the same
 windows. The other columns are one comparison each, and share what they can with each other. What has been measured is kept: a second
-call goes on with what is missing, and cells that are missing are marked.
+call goes on with what is missing, and cells that are missing are marked. Each run may take 6 GiB.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ result = dict(seconds=seconds[-1])
 COMPARE = """
 from pathlib import Path
 from secateur import comparison
-rows = comparison.compare("smollm2", {words!r}, Path({out!r}), text={evaluation!r}, max_windows=None, calibration={calibration!r}).rows
+rows = comparison.compare("smollm2", {words!r}, Path({out!r}), text={evaluation!r}, max_windows=None,
+                          calibration={calibration!r}, memory="6GiB").rows
 result = {{"rows": [row.flat() for row in rows]}}
 """
 
