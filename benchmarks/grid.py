@@ -130,7 +130,6 @@ def main() -> None:
             _one_by_one(results, column, missing, work, texts)
         else:
             _together(results, column, missing, work, texts)
-    shutil.rmtree(work, ignore_errors=True)
     (RESULTS / "grid.md").write_text(table(results))
     print(table(results))
 
@@ -146,6 +145,7 @@ def _one_by_one(results: Results, column: str, missing: dict[str, str], work: Pa
         dense, row = fresh(code, SECATEUR_CACHE=str(place / "cache"))["rows"]
         results.put("dense", dense)
         _put(results, f"{column}: {method}", row | {"words": words, "forward": forward, "load": load})
+        shutil.rmtree(place)
 
 
 def _together(results: Results, column: str, missing: dict[str, str], work: Path, texts: dict[str, str]) -> None:
@@ -157,6 +157,7 @@ def _together(results: Results, column: str, missing: dict[str, str], work: Path
     for (method, words), row in zip(missing.items(), rows, strict=True):
         row |= {"seconds": None, "peak_memory": None, "words": words}
         _put(results, f"{column}: {method}", row)
+    shutil.rmtree(place)
 
 
 def _put(results: Results, key: str, row: dict) -> None:
