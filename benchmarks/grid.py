@@ -56,7 +56,12 @@ CUTS = {
     "taylor, global": "taylor unit={unit} allocation=global",
     "taylor, global, weights refitted": "taylor unit={unit} allocation=global removal=sparsegpt",
 }
-BLOCKS = {"taylor": "taylor unit=block", "ShortGPT": "influence unit=block", "angular": "angular unit=block"}
+BLOCKS = {
+    "preset best": "preset=best unit=block",
+    "taylor": "taylor unit=block",
+    "ShortGPT": "influence unit=block",
+    "angular": "angular unit=block",
+}
 
 
 def _filled(methods: dict[str, str], unit: str, extra: str) -> dict[str, str]:

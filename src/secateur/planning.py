@@ -266,13 +266,18 @@ class Planner:
                 yield from weight_scores(store.get(index)).values()
 
         remover = self._remover(WeightChooser(self.recipe, chunks), removals)
-        if removals.get(OUTSIDE):
-            plan.add(OUTSIDE, BlockDecision(removals[OUTSIDE]))
-        dropped = {unit for group, units in removals.get(OUTSIDE, []) if group.kind == "block" for unit in units}
+        dropped = self._whole_blocks(plan, removals)
         for index in track(self.blocks, "Choosing what leaves"):
             if index not in dropped:
                 scores = weight_scores(store.get(index)).items() if self.recipe.masks_weights else ()
                 plan.add(index, remover.by_scores(index, removals.get(index, []), scores))
+
+    def _whole_blocks(self, plan: Plan, removals: Mapping[int, Removals]) -> frozenset[int]:
+        """Put what leaves outside of blocks into the plan; returns the blocks that leave whole."""
+        outside = removals.get(OUTSIDE, [])
+        if outside:
+            plan.add(OUTSIDE, BlockDecision(outside))
+        return frozenset(unit for group, units in outside if group.kind == "block" for unit in units)
 
     def _remover(self, weights: WeightChooser, removals: Mapping[int, Removals] | None = None) -> Remover:
         """What decides over matrices; ``removals`` says what is cut, where that is known already."""
@@ -324,15 +329,29 @@ class Planner:
             return
         removals = self.chooser.choose(store.get)
         remover = self._remover(WeightChooser(self.recipe, list), removals)
+        gone = self._whole_blocks(plan, removals)
+        missing = [index for index in missing if index not in gone]
 
         def decide(index: int, block: nn.Module, statistics: BlockStatistics) -> BlockDecision:
             kept = weight_scores(store.get(index)) if self.recipe.masks_weights else None
             return self._decide(remover, index, block, statistics, removals.get(index, []), kept)
 
-        self._walk(plan, self.removal.needs(), missing, decide)
+        if missing:
+            self._walk(plan, self.removal.needs(), missing, decide, gone)
 
-    def _walk(self, plan: Plan, needs: frozenset[type[Statistic]], missing: list[int], decide: Decide) -> None:
-        """Decide block by block on what is measured of each, the dense model's or what the pruned blocks before it give."""
+    def _walk(
+        self,
+        plan: Plan,
+        needs: frozenset[type[Statistic]],
+        missing: list[int],
+        decide: Decide,
+        gone: frozenset[int] = frozenset(),
+    ) -> None:
+        """Decide block by block on what is measured of each, the dense model's or what the pruned blocks before it give.
+
+        Args:
+            gone: blocks that have left.
+        """
         method, waiting = self.reconstruction, dict[int, tuple[BlockDecision, ChooseAgain | None]]()
 
         def settle(index: int, decision: BlockDecision) -> None:
@@ -370,7 +389,7 @@ class Planner:
         # Without statistics of the blocks' inputs there is nothing that pruned blocks could change.
         pruned = self.recipe.propagate == "pruned" and bool(self._on_the_way(needs)[0] or method)
         if pruned:
-            fitting = Fit(fit, method.forwards, method.follows_dense) if method else None
+            fitting = Fit(fit, method.forwards, method.follows_dense, gone) if method else None
             self._gathering.sweep().pruned(needs, self.blocks, visit, done=min(missing), fit=fitting)
         else:
             self._gathering.visit_dense(needs, missing, visit)

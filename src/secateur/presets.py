@@ -21,7 +21,8 @@ def preset_fields(name: str, units: tuple[str, ...]) -> dict[str, Any]:
     if name not in PRESETS:
         raise RecipeError(f"there is no preset '{name}'{suggest(name, PRESETS)}")
     if units == ("block",):
-        return {"criterion": {"fast": "influence", "balanced": "angular", "best": "taylor"}[name]}
+        fitted = {"reconstruct": "block"} if name == "best" else {}
+        return {"criterion": "influence" if name == "fast" else "angular"} | fitted
     masks = any(unit == "weight" or ":" in unit for unit in units)
     if masks and len(units) == 1:
         return _of_masks(name, pattern=":" in units[0])

@@ -203,11 +203,10 @@ class Recipe(BaseModel):
             return
         method = reconstruction_from(str(self.reconstruct))
         object.__setattr__(self, "reconstruct", str(method))
-        if "hidden" in self.cut_kinds or "block" in self.cut_kinds:
-            spanning = " and ".join(kind for kind in self.cut_kinds if kind in SPANNING)
+        if "hidden" in self.cut_kinds:
             raise RecipeError(
-                f"--reconstruct {method.name} fits blocks one by one, and {spanning} units leave the model as a whole; take "
-                "them out in a run of their own"
+                f"--reconstruct {method.name} fits blocks to the dense model's hidden states, and hidden channels leave "
+                "these; take them out in a run of their own"
             )
         if method.rechooses and (self.cut_kinds or self.parsed_removal().updates):
             raise RecipeError(

@@ -155,6 +155,8 @@ def reconstruct(
     fitted = FittedBlock(block, decision)
     notes = method.fit(fitted, passage, recipe.seed + index, choose_again)
     decision = fitted.decision
+    if not notes:  # nothing was fitted
+        return decision, fitted.finished()
     for name, weight_OI in fitted.numbers():
         decision.numbers[name] = _stored(checkpoint, index, name, weight_OI, method.name)
     for key, value in notes.items():

@@ -232,3 +232,23 @@ def test_presets_give_way_to_what_is_said():
     with pytest.raises(RecipeError, match="did you mean 'best'"):
         recipe_from(model="m", preset="bets")
     assert recipe_from(model="m", preset="fast", unit="block").criterion == "influence"
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.4])
+def test_blocks_after_those_that_left_are_fitted(ratio, windows, tmp_path):
+    folder = save(tiny_llama(num_hidden_layers=5), tmp_path / "five")
+    ids = load_file(windows)["input_ids"]
+    fields = {"criterion": "angular", "unit": "block", "ratio": ratio, "calibration": windows}
+    far, kept = {}, {}
+    for reconstruct in ("none", "block:held_out=0"):
+        out = tmp_path / reconstruct.partition(":")[0]
+        secateur.prune(str(folder), out, reconstruct=reconstruct, **fields)
+        with torch.no_grad():
+            logits, dense = (secateur.load(place)(input_ids=ids).logits for place in (out, folder))
+        far[reconstruct] = float((logits - dense).square().mean())
+        plan = load_plan(out / "secateur" / "plan.json")
+        kept[reconstruct] = {entry.block for entry in plan.blocks if entry.updated}
+        (left,) = (cut.removed for entry in plan.blocks for cut in entry.cuts)
+    assert far["block:held_out=0"] < 0.9 * far["none"]
+    assert kept["none"] == set()
+    assert kept["block:held_out=0"] == {index for index in range(5) if index > min(left)} - set(left)

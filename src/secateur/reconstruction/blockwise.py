@@ -50,6 +50,8 @@ class Blockwise(Reconstruction):
             return {}
         judged = held or fit  # of a single micro-batch nothing can be held out
         best = first = mean_error(fitted, passage, judged, relative_error)
+        if first == 0:  # nothing has left so far
+            return {}
         kept = fitted.copy()
         groups = [
             {"params": [weight], "size": _size(weight, fitted.stays[name])} for name, weight in fitted.weights.items()

@@ -66,7 +66,10 @@ class ForwardWalk(Walk):
             with progress("Sweeping the blocks", blocks.stop, "block", self.tokens, start) as advance:
                 for index in range(start, blocks.stop):  # what follows the last block asked for is never run
                     with self.block(index, ahead=index + 1) as block:
-                        self._block(index, block, calls, store, dense, needs, blocks, visit, advance)
+                        if dense is not None and self._fit and index in self._fit.gone:
+                            self._gone(index, block, calls, store, dense, blocks)
+                        else:
+                            self._block(index, block, calls, store, dense, needs, blocks, visit, advance)
                     if index + 1 < blocks.stop:
                         self.commit(index + 1, *stores)
                         for one in stores:
@@ -125,6 +128,25 @@ class ForwardWalk(Walk):
             for batch, x_BTD in self.stream(store, index):
                 store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
                 done(batch, runs=done.all - 1)
+
+    @torch.no_grad()
+    def _gone(
+        self,
+        index: int,
+        block: nn.Module,
+        calls: BlockCalls,
+        store: BoundaryStore,
+        dense: BoundaryStore,
+        blocks: range,
+    ) -> None:
+        """A block that has left the pruned model: its inputs go on, and only the dense model's go through it."""
+        first = index == blocks.start
+        for batch, x_BTD in self.stream(store, index):
+            store.put((index + 1, batch), x_BTD)
+            if first:
+                dense.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
+        for batch, x_BTD in self.stream(dense, index) if not first else ():
+            dense.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
 
     def _passage(
         self,

@@ -67,11 +67,13 @@ class Fit:
         forwards: about what it costs, in plain runs of the block over all windows.
         follows_dense: whether its target is what the dense model gives there; otherwise it is what the dense block gives for
             the inputs that it has.
+        gone: blocks that have left the pruned model: what enters one goes on as it is, and it is not visited.
     """
 
     block: Callable[[int, nn.Module, Passage], Mapping[str, torch.Tensor] | None]
     forwards: float
     follows_dense: bool = True
+    gone: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
