@@ -324,7 +324,8 @@ class Chooser:
     def _ranking(self, pools: tuple[Pool, ...], scores: Mapping[Key, torch.Tensor]) -> Ranking:
         keys = tuple(pool.key for pool in pools)
         if keys not in self._sorted:  # a target tries many budgets on one ranking
-            self._sorted[keys] = Ranking(pools, scores, {pool.key: self._sizes(pool) for pool in pools})
+            sizes = {pool.key: self._sizes(pool) for pool in pools}
+            self._sorted[keys] = Ranking(pools, scores, sizes, standardise=self.recipe.normalise == "zscore")
         return self._sorted[keys]
 
     @cached_property

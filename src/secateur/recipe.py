@@ -13,7 +13,7 @@ from secateur.allocation.policies import POLICIES
 from secateur.allocation.policy import Policy
 from secateur.allocation.uniform import ROUNDED
 from secateur.criteria import BlockCriterion, Criterion, criterion_from
-from secateur.criteria.base import Within
+from secateur.criteria.base import Normalise, Within
 from secateur.errors import RecipeError, suggest
 from secateur.options import parse_named
 from secateur.quantities import NofM, Target, is_n_of_m, parse_bytes, parse_target
@@ -56,13 +56,16 @@ class Recipe(BaseModel):
         round_to: channels and hidden channels kept are rounded up to a multiple of this; the few heads are not.
         within: where single weights compete: a ``row``, a ``share`` (each row up to the same share of its scores), a ``block`` of 128 inputs over all rows, a ``layer`` (one matrix),
             or the whole model (``global``); by default as the criterion was published.
-        removal: how what was chosen leaves: ``mask`` (zeroed), or ``name:option=value,...`` of one that refines the mask or
-            gives the weights that stay new numbers; by default as the criterion was published.
+        removal: how what was chosen leaves: ``mask`` (zeroed, units cut), or ``name:option=value,...`` of one that refines the
+            mask or gives the weights or biases that stay new numbers; by default as the criterion was published.
         allocation: ``uniform`` over blocks, ``two-tier`` (both ends kept whole, uniform between), ``global`` over the
-            model, scores taken per parameter, or ``name:option=value,...`` of a policy that gives each block its own ratio.
+            model, or ``name:option=value,...`` of a policy that gives each block its own ratio; by default as the criterion
+            was published.
         protect: two-tier: ``FIRST:LAST``, how many blocks at each end are kept whole; by default the published 4 and 2 of
             32, scaled, at least one each.
         rank: global: whether kinds of units are ranked ``together``, or ``apart``, each kind giving its own ratio.
+        normalise: global: what makes scores of different kinds and blocks comparable: they are taken per ``parameter``, or
+            standardised within each kind of each block (``zscore``); by default as the criterion was published.
         steps: in how many rounds the ratio is reached, with fresh scores of what is left in each.
         reduce: how the members of a structured unit count together.
         propagate: whether blocks see ``dense`` or already ``pruned`` inputs; by default as the criterion was published.
@@ -96,6 +99,7 @@ class Recipe(BaseModel):
     allocation: str = "uniform"
     protect: str | None = None
     rank: Literal["together", "apart"] = "together"
+    normalise: Normalise | None = None
     steps: int = Field(default=1, ge=1, le=1000)
     reduce: Reduce = "sum"
     propagate: Literal["dense", "pruned"] | None = None
@@ -135,12 +139,14 @@ class Recipe(BaseModel):
         self._check_units()
         self._settle_masks(criterion)
         self._check_amounts()
+        self._settle_allocation(criterion)
         self._check_allocation()
         self._check_block_criterion(criterion)
         self._settle_gradient(criterion)
         removal = self._settle_removal(criterion)
         if self.propagate is None:
-            published = "pruned" if removal.needs() else "dense" if self.is_global else criterion.propagation
+            needed = removal.propagation if removal.needs() else None
+            published = needed or ("dense" if self.is_global else criterion.propagation)
             object.__setattr__(self, "propagate", published)
         if self.is_global and self.propagate == "pruned" and not removal.updates:
             raise RecipeError(
@@ -150,10 +156,9 @@ class Recipe(BaseModel):
 
     def _settle_removal(self, criterion: Criterion) -> Removal:
         """Write out how what was chosen leaves, and refuse what it cannot do."""
-        given = self.removal is not None
-        removal = removal_from(self.removal or criterion.removal)
-        if not given and not self.masks_weights:
-            removal = removal_from("mask")
+        spanning = [kind for kind in self.cut_kinds if kind in SPANNING]
+        published = criterion.removal if self.masks_weights else "mask" if spanning else criterion.unit_removal
+        removal = removal_from(self.removal or published)
         object.__setattr__(self, "removal", str(removal))
         if removal.name == "mask":
             return removal
@@ -161,15 +166,14 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"--removal {removal.name} refines masks, and {','.join(self.unit)} are cut; leave it out"
             )
-        spanning = [kind for kind in self.cut_kinds if kind in SPANNING]
         if removal.updates and spanning:
             raise RecipeError(
-                f"--removal {removal.name} gives new weights inside blocks, and {' and '.join(spanning)} units leave the model "
+                f"--removal {removal.name} gives new numbers inside blocks, and {' and '.join(spanning)} units leave the model "
                 "as a whole; take them out in a run of their own"
             )
         if self.within == "global" and removal.updates and self.masks_weights:
             raise RecipeError(
-                f"--removal {removal.name} gives new weights block by block, and --within global chooses over the whole model; "
+                f"--removal {removal.name} gives new numbers block by block, and --within global chooses over the whole model; "
                 "choose within row, share, block or layer"
             )
         if self.steps > 1:
@@ -230,6 +234,19 @@ class Recipe(BaseModel):
             raise RecipeError(f"--round-to {self.round_to} is for channel and hidden units; leave it out")
         if self.steps > 1 and (self.masks_weights or not self.cut_kinds):
             raise RecipeError("--steps is for units that are cut; masks are chosen in one step, so leave it out")
+
+    def _settle_allocation(self, criterion: Criterion) -> None:
+        """Write out what was published, where nothing is said and the units can have it; a recipe's file says all."""
+        if "allocation" not in self.model_fields_set and self.cut_kinds:
+            can_be_ranked = not {"query", *SPANNING} & set(self.cut_kinds) and _apart_from_each_other(self.cut_kinds)
+            if criterion.allocation != "global" or can_be_ranked:
+                object.__setattr__(self, "allocation", criterion.allocation)
+        if self.allocation == "global" and self.cut_kinds:
+            object.__setattr__(self, "normalise", self.normalise or criterion.normalise)
+        elif self.normalise is not None:
+            raise RecipeError(
+                f"--normalise {self.normalise} is about units under --allocation global; add that, or leave it out"
+            )
 
     def _check_allocation(self) -> None:
         policy = self.parsed_policy()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from secateur.allocation.mask_amounts import MaskAmounts
 from secateur.allocation.weights import WeightChooser, surviving
+from secateur.checkpoint.biases import bias_of
 from secateur.checkpoint.reader import Checkpoint
 from secateur.console import log
 from secateur.errors import ModelError
@@ -71,7 +73,11 @@ class Remover:
             if self._recipe.masks_weights:
                 decision.masks[name] = removed.mask_OI
             if removed.weight_OI is not None:
-                decision.numbers[name] = self._stored(index, name, removed.weight_OI)
+                parameter = decision.matrices[name].parameter
+                decision.numbers[name] = self._stored(index, name, parameter, removed.weight_OI)
+            if removed.shift_O is not None:
+                bias, bias_O = self._shifted(index, decision, name, rows, removed.shift_O)
+                decision.numbers[bias] = self._stored(index, name, bias, bias_O)
             for key, value in removed.notes.items():
                 log.info("%s: %s %g.", self._full(index, name), key, value)
                 decision.notes[key] = max(value, decision.notes.get(key, value))
@@ -127,16 +133,27 @@ class Remover:
             choose,
             self._criterion.adaptive and kept_scores is None,
         )
-        return self._removal.remove(task)
+        removed = self._removal.remove(task)
+        if fitted is not None and fitted.shift_O is not None and removed.shift_O is not None:
+            return replace(removed, shift_O=removed.shift_O + fitted.shift_O)
+        return removed
 
-    def _stored(self, index: int, name: str, weight_OI: torch.Tensor) -> torch.Tensor:
+    def _shifted(
+        self, index: int, decision: BlockDecision, name: str, rows: torch.Tensor, shift_O: torch.Tensor
+    ) -> tuple[str, torch.Tensor]:
+        """The bias of a matrix, its name and what it becomes: as stored, as far as the cut leaves it, and moved."""
+        bias = bias_of(self._checkpoint.skeleton.blocks[index], decision.matrices[name])
+        assert bias is not None  # the model was opened with every bias that may be written
+        full = self._full(index, bias)
+        return bias, self._checkpoint.read([full])[full][rows].double() + shift_O.cpu()
+
+    def _stored(self, index: int, name: str, parameter: str, new: torch.Tensor) -> torch.Tensor:
         """New numbers in the dtype that the checkpoint has, which is what the next block sees."""
-        parameter = self._checkpoint.skeleton.prunable(index)[name].parameter
-        stored = weight_OI.to(self._checkpoint.tensors[self._full(index, parameter)].dtype)
+        stored = new.to(self._checkpoint.tensors[self._full(index, parameter)].dtype)
         if not all_finite(stored):
             raise ModelError(
-                f"{self._removal.name} gives new weights of '{self._full(index, name)}' that are not finite in {stored.dtype}; "
-                "give more --windows, or a larger dampening"
+                f"{self._removal.name} gives new numbers for '{self._full(index, name)}' that are not finite in {stored.dtype}; "
+                "give more --windows, or another --removal"
             )
         return stored
 
@@ -162,24 +179,27 @@ def share_among(
     prefix = checkpoint.skeleton.block_prefix(index)
     device = next(iter(checkpoint.skeleton.blocks[index].state_dict().values())).device
     masks, numbers = dict(decision.masks), dict(decision.numbers)
+    biases = [bias_of(checkpoint.skeleton.blocks[index], decision.matrices[name]) for name in names]
+    owners = {name: place % workers.size for place, name in enumerate(names)}
+    owners |= {bias: place % workers.size for place, bias in enumerate(biases) if bias}
     made = workers.all(
-        [(n in masks, n in numbers, tuple((masks.get(n, numbers.get(n, NOTHING))).shape)) for n in names]
+        {n: (n in masks, n in numbers, tuple((masks.get(n, numbers.get(n, NOTHING))).shape)) for n in owners}
     )
-    for place, name in enumerate(names):
-        owner = place % workers.size
-        has_mask, has_numbers, shape = made[owner][place]
+    for name, owner in owners.items():
+        has_mask, has_numbers, shape = made[owner][name]
         if has_mask:
             bits = masks[name].to("cpu", torch.uint8) if name in masks else torch.zeros(shape, dtype=torch.uint8)
             workers.hand_round(bits, owner)
             masks[name] = bits.bool().to(device)
         if has_numbers:
-            stored = checkpoint.tensors[prefix + decision.matrices[name].parameter].dtype
+            matrix = decision.matrices.get(name)
+            stored = checkpoint.tensors[prefix + (matrix.parameter if matrix else name)].dtype
             whole = numbers[name].float().cpu() if name in numbers else torch.zeros(shape)
             workers.hand_round(whole, owner)  # float32 holds every stored number exactly
             numbers[name] = whole.to(stored).to(device)
     for target, found in ((decision.masks, masks), (decision.numbers, numbers)):
         target.clear()
-        target.update((name, found[name]) for name in names if name in found)
+        target.update((name, found[name]) for name in owners if name in found)
     for notes in workers.all(dict(decision.notes)):
         for key, value in notes.items():
             decision.notes[key] = max(value, decision.notes.get(key, value))

@@ -77,7 +77,16 @@ class Checkpoint:
 
     def parameters(self) -> int:
         """How many numbers the model stores (tied tensors once)."""
-        return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
+        return sum(torch.Size(tensor.shape).numel() for tensor in self.stored())
+
+    def stored(self) -> list[ModelTensor]:
+        """The tensors that files hold."""
+        return [tensor for tensor in self.tensors.values() if tensor.origin.sources]
+
+    @property
+    def computed_hash(self) -> str:
+        """What names all that is measured of the model."""
+        return self.content_hash
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors by name, in the dtype they are stored in; files are closed before returning.

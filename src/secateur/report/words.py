@@ -25,6 +25,8 @@ def asked(plan: Plan) -> str:
     spread = f", each block its own share by {policy.name}" if policy else ""
     removal = recipe.parsed_removal()
     leaves = f", {'what stays updated' if removal.updates else 'refined'} by {removal.name}" if removal.needs() else ""
+    if removal.writes_biases:
+        leaves = ", its expected output in biases"
     return " and ".join(parts) + blocks + spread + leaves
 
 
@@ -55,6 +57,7 @@ def _asked_of_units(recipe: Recipe) -> str:
         whole = "the model's parameters in" if recipe.allocation == "global" else "the model's"
         asked = f"{100 * recipe.cut_ratio:g} % of {whole} {_units(kinds)}"
     extras = {
+        ", ranked by standardised scores": recipe.normalise == "zscore",
         ", ends kept whole": recipe.allocation == "two-tier",
         f", kept in multiples of {recipe.round_to}": recipe.round_to > 1,
         f", in {recipe.steps} rounds": recipe.steps > 1,
