@@ -36,6 +36,8 @@ def with_biases(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     if not removal.writes_biases:
         return checkpoint
     structure = find_all_units(skeleton.model, skeleton.blocks_name)
+    if not recipe.masks_weights and not any(group.kind in recipe.cut_kinds for group in structure.units):
+        return checkpoint  # it has no such units, which is said where they are chosen
     missing = _missing(skeleton, structure, recipe)
     if not missing:
         return checkpoint

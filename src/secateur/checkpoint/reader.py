@@ -85,8 +85,9 @@ class Checkpoint:
 
     @property
     def computed_hash(self) -> str:
-        """What names all that is measured of the model."""
-        return self.content_hash
+        """What names all that is measured of it: adding a bias of zero takes another kernel, whose sums may round otherwise."""
+        added = sorted(name for name, tensor in self.tensors.items() if not tensor.origin.sources)
+        return f"{self.content_hash} with {' '.join(added)}" if added else self.content_hash
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors by name, in the dtype they are stored in; files are closed before returning.

@@ -107,7 +107,8 @@ def reached(plan: Plan, before: Count, after: Count) -> str:
             parts.append(f"{there - left} of {there} {kind} units gone ({100 * (there - left) / there:.2f} %)")
     gone = before.parameters - after.parameters
     if gone:
-        parts.append(f"{gone:,} of {before.parameters:,} parameters gone ({100 * gone / before.parameters:.2f} %)")
+        what = "parameters gone" if gone > 0 else "parameters more, biases"
+        parts.append(f"{abs(gone):,} of {before.parameters:,} {what} ({100 * abs(gone) / before.parameters:.2f} %)")
     if plan.recipe.masks_weights:
         parts.append(
             f"{after.zeros:,} zeros in {after.prunable:,} weights of the blocks' matrices ({100 * after.zeros / after.prunable:.2f} %)"
