@@ -29,6 +29,17 @@ RECIPES: dict[str, list[str]] = {
         "owl",
     ],
     "taylor channels, global, fitted": ["--ratio", "0.3", "--allocation", "global", "--removal", "sparsegpt"],
+    "flap head,channel, biases": ["--criterion", "flap", "--unit", "head,channel", "--ratio", "0.3"],
+    "wanda weight, biases, pruned": [
+        "--criterion",
+        "wanda",
+        "--unit",
+        "weight",
+        "--removal",
+        "bias",
+        "--propagate",
+        "pruned",
+    ],
     "taylor head,channel, global": ["--unit", "head,channel", "--ratio", "0.3", "--allocation", "global"],
 }
 
