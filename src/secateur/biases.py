@@ -35,13 +35,13 @@ def with_biases(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     removal, skeleton = recipe.parsed_removal(), checkpoint.skeleton
     if not removal.writes_biases:
         return checkpoint
-    structure = find_all_units(skeleton.model, skeleton.blocks_name)
+    structure = find_all_units(skeleton.model, skeleton.blocks_name) if recipe.cut_kinds else Structure([], [])
     if not recipe.masks_weights and not any(group.kind in recipe.cut_kinds for group in structure.units):
         return checkpoint  # it has no such units, which is said where they are chosen
     missing = _missing(skeleton, structure, recipe)
     if not missing:
         return checkpoint
-    fields = _switches(skeleton, structure, missing)
+    fields = _switches(skeleton, missing)
     biased, names = _switched(skeleton, fields, recipe.trust_remote_code) if fields else (skeleton, frozenset[str]())
     left = _missing(biased, structure, recipe)
     if left:
@@ -95,24 +95,24 @@ def _losing(
             yield matrix
 
 
-def _switches(skeleton: Skeleton, structure: Structure, missing: Mapping[str, str | None]) -> Fields:
+def _switches(skeleton: Skeleton, missing: Mapping[str, str | None]) -> Fields:
     """The fields of the config, each set to true or to its opposite, that together add what is missing, as far as any do."""
-    small = small_model(skeleton, structure)
+    small = small_model(skeleton, find_all_units(skeleton.model, skeleton.blocks_name))
     fields = plain_fields(small.skeleton.config)
     wanted = {bias.removeprefix(f"{skeleton.blocks_name}.").partition(".")[2] for bias in missing.values() if bias}
     chosen: Fields = {}
     for name, value in fields.items():
         if value is not None and not isinstance(value, bool):
             continue
-        added = _added(small, fields | chosen | {name: not value}, small_fields=fields | chosen)
+        added = _added(small, fields | chosen, {name: not value})
         if added and any(bias.endswith(f".{own}") for own in wanted for bias in added):
             chosen[name] = not value
     return chosen
 
 
-def _added(small: SmallModel, fields: Fields, small_fields: Fields) -> frozenset[str]:
-    """The biases that ``fields`` have beside ``small_fields``; none where they change anything else."""
-    plain, other = _built(small, small_fields), _built(small, fields)
+def _added(small: SmallModel, fields: Fields, switch: Fields) -> frozenset[str]:
+    """The biases that ``switch`` adds to the small model with these ``fields``; none where it changes anything else."""
+    plain, other = _built(small, fields), _built(small, fields | switch)
     added = added_biases(plain.shapes(), other) if plain is not None and other is not None else None
     if not added or other is None:
         return frozenset()

@@ -20,7 +20,7 @@ FLAGS: dict[str, Any] = {
     "criterion": Annotated[
         str | None,
         typer.Option(
-            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt, ria, wanda++; or what a whole block is "
+            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt, ria, wanda++, flap; or what a whole block is "
             "(--unit block): influence, angular. Options ride on the name: "
             "`gblm:norm=l2,alpha=100`, `taylor:order=mixed`. [default: taylor]",
             show_default=False,

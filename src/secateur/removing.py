@@ -153,7 +153,7 @@ class Remover:
         if not all_finite(stored):
             raise ModelError(
                 f"{self._removal.name} gives new numbers for '{self._full(index, name)}' that are not finite in {stored.dtype}; "
-                "give more --windows, or another --removal"
+                "give more --windows, or another --removal or other options of it"
             )
         return stored
 

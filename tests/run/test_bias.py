@@ -49,7 +49,9 @@ def inputs_of(model, names, ids_NT):
     """What flows into modules, all tokens together, caught by plain hooks."""
     caught = {name: [] for name in names}
     handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args, n=name: caught[n].append(args[0].flatten(0, -2)))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, n=name: caught[n].append(args[0].flatten(0, -2))
+        )
         for name in names
     ]
     with torch.no_grad():
@@ -140,7 +142,9 @@ def test_the_mean_output_of_every_matrix_is_kept(unit, save, windows, tmp_path):
         before = checkpoint.block_tensors(index)
         after = realisation.decision(index).in_dense_shapes(before)
         changed = [n for n in after if n.endswith("bias") and not torch.equal(after[n], before[n])]
-        weights = {f"model.layers.{index}.{n.removesuffix('.bias')}": n.removesuffix("bias") + "weight" for n in changed}
+        weights = {
+            f"model.layers.{index}.{n.removesuffix('.bias')}": n.removesuffix("bias") + "weight" for n in changed
+        }
         for name, x_TI in inputs_of(model, weights, ids_NT).items():
             weight = weights[name]
             dense_O = (x_TI.double() @ before[weight].double().T).mean(0)
@@ -232,7 +236,9 @@ def test_what_is_uneven_already_gets_biases_and_is_pruned_again(save, windows, t
 
 @pytest.mark.parametrize("model", [tiny_qwen2, tiny_mistral])
 @pytest.mark.parametrize("words", [["--criterion", "flap"], ["--unit", "head", "--removal", "bias"]])
-def test_a_family_without_such_biases_is_refused_before_any_work(model, words, save, windows, tmp_path, command, monkeypatch):
+def test_a_family_without_such_biases_is_refused_before_any_work(
+    model, words, save, windows, tmp_path, command, monkeypatch
+):
     monkeypatch.setattr(Sweep, "__init__", lambda *_: pytest.fail("swept"))
     code, _, err = command("prune", save(model()), "--out", tmp_path / "out", "--calibration", windows, *words)
     assert code == 2
@@ -246,9 +252,7 @@ def test_a_family_without_such_biases_is_refused_before_any_work(model, words, s
 
 @pytest.mark.usefixtures("same_process")
 def test_flap_without_biases_is_there_for_every_family(save, windows, tmp_path):
-    result = secateur.prune(
-        str(save(tiny_qwen2())), tmp_path / "out", removal="mask", calibration=str(windows), **FLAP
-    )
+    result = secateur.prune(str(save(tiny_qwen2())), tmp_path / "out", removal="mask", calibration=str(windows), **FLAP)
     assert not [name for name in weights_of(tmp_path / "out") if name.endswith("o_proj.bias")]
     assert result.record["logits_difference"] < 1e-5
 
