@@ -31,6 +31,17 @@ RECIPES: dict[str, list[str]] = {
     "taylor channels, global, refitted, blocks fitted": [
         *["--ratio", "0.3", "--allocation", "global", "--removal", "sparsegpt", "--reconstruct", "block:epochs=1"],
     ],
+    "flap head,channel, biases": ["--criterion", "flap", "--unit", "head,channel", "--ratio", "0.3"],
+    "wanda weight, biases, pruned": [
+        "--criterion",
+        "wanda",
+        "--unit",
+        "weight",
+        "--removal",
+        "bias",
+        "--propagate",
+        "pruned",
+    ],
     "taylor head,channel, global": ["--unit", "head,channel", "--ratio", "0.3", "--allocation", "global"],
 }
 

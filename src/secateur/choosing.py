@@ -136,7 +136,7 @@ class Chooser:
             return Goal(leaving=dict(self.amounts()))
         target = self.recipe.parsed_target()
         if target is not None:
-            dense = self.costs.after({}).of(target.measure)
+            dense = self.costs.dense.of(target.measure)
             return Goal(remains=(dense, target.of(dense)))
         rankings = self._rankings()
         totals = {name: sum(self._held(pool) for pool in pools) for name, pools in rankings.items()}
@@ -167,7 +167,7 @@ class Chooser:
 
     def _shares(self, target: Target, scores: Mapping[Key, torch.Tensor] | None, round_to: int) -> Shares:
         """The ratio of each kind that meets the target."""
-        at_most = target.of(self.costs.after({}).of(target.measure))
+        at_most = target.of(self.costs.dense.of(target.measure))
 
         def cost(shares: Shares) -> int:
             return self._cost(target, self._lowest(self._spread(shares, round_to), scores))
@@ -323,7 +323,8 @@ class Chooser:
     def _ranking(self, pools: tuple[Pool, ...], scores: Mapping[Key, torch.Tensor]) -> Ranking:
         keys = tuple(pool.key for pool in pools)
         if keys not in self._sorted:  # a target tries many budgets on one ranking
-            self._sorted[keys] = Ranking(pools, scores, {pool.key: self._sizes(pool) for pool in pools})
+            sizes = {pool.key: self._sizes(pool) for pool in pools}
+            self._sorted[keys] = Ranking(pools, scores, sizes, standardise=self.recipe.normalise == "zscore")
         return self._sorted[keys]
 
     @cached_property

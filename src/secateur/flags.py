@@ -28,7 +28,7 @@ FLAGS: dict[str, Any] = {
     "criterion": Annotated[
         str | None,
         typer.Option(
-            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt, ria, wanda++; or what a whole block is "
+            help="What a weight is worth: random, magnitude, wanda, gblm, taylor, fms, sparsegpt, ria, wanda++, flap; or what a whole block is "
             "(--unit block): influence, angular. Options ride on the name: "
             "`gblm:norm=l2,alpha=100`, `taylor:order=mixed`. [default: taylor]",
             show_default=False,
@@ -80,8 +80,8 @@ FLAGS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="How what was chosen leaves: mask (zeroed); sparsegpt (what stays is updated; `sparsegpt:bits=4` rounds it too); "
-            "alps (mask and update by ADMM); dsnot (the mask is refined by swaps; `dsnot-published` with the published command line's defaults). Units that are cut can be made good as well: "
-            "sparsegpt, alps. [default: as published; mask, sparsegpt for sparsegpt]",
+            "alps (mask and update by ADMM); bias (its expected output goes into biases); dsnot (the mask is refined by swaps; `dsnot-published` with the published command line's defaults). Units that are cut can be made good as well: "
+            "bias, sparsegpt, alps. [default: as published; mask, sparsegpt for sparsegpt, bias for units by flap]",
             show_default=False,
         ),
     ],
@@ -97,9 +97,9 @@ FLAGS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="uniform: the same share from every block. two-tier: the ends are kept whole (--protect), the same share from "
-            "every block between. global: one ranking over the model, scores per parameter. alpha (AlphaPruning), owl, "
+            "every block between. global: one ranking over the model (--normalise). alpha (AlphaPruning), owl, "
             "sensitivity (measured): each block its own share, of weights too; options ride on the name: "
-            "`alpha:metric=mid,spread=0.2`. But for uniform, units cut leave blocks of different sizes. [default: uniform]",
+            "`alpha:metric=mid,spread=0.2`. But for uniform, units cut leave blocks of different sizes. [default: as published; uniform, global for units by flap]",
             show_default=False,
         ),
     ],
@@ -115,6 +115,14 @@ FLAGS: dict[str, Any] = {
         typer.Option(
             help="global: rank all kinds of units together, or each kind apart, which then gives its own ratio. "
             "[default: together]",
+            show_default=False,
+        ),
+    ],
+    "normalise": Annotated[
+        str | None,
+        typer.Option(
+            help="global: what makes scores comparable: parameter (a unit's score is divided by how many it holds) or zscore "
+            "(standardised within each kind of each block). [default: as published; parameter, zscore for flap]",
             show_default=False,
         ),
     ],

@@ -139,7 +139,7 @@ class Gathering:
         """Where scores or gradients of exactly these inputs are kept. Without statistics scores are cheap: not kept."""
         recipe = self.recipe
         key: dict[str, Any] = {
-            "model": self.checkpoint.content_hash,
+            "model": self.checkpoint.computed_hash,
             "windows": self._windows().sha256 if needs else None,
             "micro_batch": self.workplace.micro_batch or recipe.micro_batch,
             "threads": torch.get_num_threads(),

@@ -194,7 +194,7 @@ class Preflight:
         """Bytes while a block is scored."""
         largest = max(map(math.prod, self._matrices()), default=0)
         removing = max((self.removal.scratch_bytes(*shape) for shape in self._matrices()), default=0)
-        numbers = self._bytes_of_block() if self.recipe.updates else 0
+        numbers = self._bytes_of_block() if self._updates_weights else 0
         return self._block() + self._statistics() + max(SCORING * 4 * largest, removing) + numbers
 
     def _fitting(self, probe: _Probe) -> int:
@@ -257,7 +257,11 @@ class Preflight:
 
     def _numbers(self) -> int:
         """Bytes of new numbers, which wait for the plan to be carried out."""
-        return len(self.blocks) * self._bytes_of_block() if self.recipe.updates else 0
+        return len(self.blocks) * self._bytes_of_block() if self._updates_weights else 0
+
+    @property
+    def _updates_weights(self) -> bool:
+        return self.recipe.updates and (self.reconstruction is not None or not self.removal.writes_biases)
 
     def _bytes_of_block(self) -> int:
         """One block's matrices as they are stored."""

@@ -133,6 +133,11 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def small_logits(skeleton: Skeleton) -> Tensor:
+    """Logits of a small instance on the inputs that proofs use."""
+    return logits(skeleton, example_inputs(skeleton.model, batch=2, tokens=TOKENS))
+
+
 @_one_thread()
 def judge(small: SmallModel, cut: ModelCut) -> Verdict:
     """Compare every form of output of ``cut`` with the masked model; a form that is right ends the search.

@@ -109,7 +109,8 @@ class Realisation:
             shapes = cut_shapes(self.checkpoint.skeleton.block_shapes(entry.block), self.cut.blocks[entry.block])
             matrices = self.checkpoint.skeleton.prunable(entry.block)
             for name, numbers_OI in numbers.items():
-                if name not in matrices or matrices[name].shape(shapes) != tuple(numbers_OI.shape):
+                wanted = matrices[name].shape(shapes) if name in matrices else shapes.get(name)
+                if wanted != tuple(numbers_OI.shape):
                     raise PlanError(
                         f"the plan's new weights of '{name}' in block {entry.block} do not have the weight's shape"
                     )
@@ -166,8 +167,8 @@ class Realisation:
 
     def sizes(self) -> tuple[Sizes, Sizes]:
         """Before and after."""
-        stored, specs = self.checkpoint.tensors.values(), self.specs()
-        before = Sizes(self.checkpoint.parameters(), sum(tensor.bytes for tensor in stored))
+        specs = self.specs()
+        before = Sizes(self.checkpoint.parameters(), sum(tensor.bytes for tensor in self.checkpoint.stored()))
         after = Sizes(sum(torch.Size(s.shape).numel() for s in specs), sum(s.bytes for s in specs))
         return before, after
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from secateur.allocation.policies import POLICIES
 from secateur.allocation.policy import Policy
 from secateur.criteria import Criterion, criterion_from
-from secateur.criteria.base import Within
+from secateur.criteria.base import Normalise, Within
 from secateur.errors import RecipeError, suggest
 from secateur.options import parse_named
 from secateur.presets import preset_fields
@@ -21,6 +21,7 @@ from secateur.quantities import NofM, Target, parse_bytes, parse_target
 from secateur.recipe_rules import (
     CUT_KINDS,
     SPANNING,
+    apart_from_each_other,
     check_allocation,
     check_amounts,
     check_block_criterion,
@@ -60,15 +61,18 @@ class Recipe(BaseModel):
         round_to: channels and hidden channels kept are rounded up to a multiple of this; the few heads are not.
         within: where single weights compete: a ``row``, a ``share`` (each row up to the same share of its scores), a ``block`` of 128 inputs over all rows, a ``layer`` (one matrix),
             or the whole model (``global``); by default as the criterion was published.
-        removal: how what was chosen leaves: ``mask`` (zeroed), or ``name:option=value,...`` of one that refines the mask or
-            gives the weights that stay new numbers; by default as the criterion was published.
+        removal: how what was chosen leaves: ``mask`` (zeroed, units cut), or ``name:option=value,...`` of one that refines the
+            mask or gives the weights or biases that stay new numbers; by default as the criterion was published.
         reconstruct: how what stays of each block is then fitted to what the dense model gives there:
             ``name:option=value,...``; None: not at all.
         allocation: ``uniform`` over blocks, ``two-tier`` (both ends kept whole, uniform between), ``global`` over the
-            model, scores taken per parameter, or ``name:option=value,...`` of a policy that gives each block its own ratio.
+            model, or ``name:option=value,...`` of a policy that gives each block its own ratio; by default as the criterion
+            was published.
         protect: two-tier: ``FIRST:LAST``, how many blocks at each end are kept whole; by default the published 4 and 2 of
             32, scaled, at least one each.
         rank: global: whether kinds of units are ranked ``together``, or ``apart``, each kind giving its own ratio.
+        normalise: global: what makes scores of different kinds and blocks comparable: they are taken per ``parameter``, or
+            standardised within each kind of each block (``zscore``); by default as the criterion was published.
         steps: in how many rounds the ratio is reached, with fresh scores of what is left in each.
         reduce: how the members of a structured unit count together.
         propagate: whether blocks see ``dense`` or already ``pruned`` inputs; by default as the criterion was published.
@@ -103,6 +107,7 @@ class Recipe(BaseModel):
     allocation: str = "uniform"
     protect: str | None = None
     rank: Literal["together", "apart"] = "together"
+    normalise: Normalise | None = None
     steps: int = Field(default=1, ge=1, le=1000)
     reduce: Reduce = "sum"
     propagate: Literal["dense", "pruned"] | None = None
@@ -142,16 +147,15 @@ class Recipe(BaseModel):
         check_units(self)
         self._settle_masks(criterion)
         check_amounts(self)
-        if (policy := self.parsed_policy()) is not None:
-            object.__setattr__(self, "allocation", str(policy))
+        self._settle_allocation(criterion)
         check_allocation(self)
         check_block_criterion(self)
         self._settle_gradient(criterion)
         removal = self._settle_removal(criterion)
         self._settle_reconstruction()
         if self.propagate is None:
-            on_pruned = removal.needs() or self.reconstruct
-            published = "pruned" if on_pruned else "dense" if self.is_global else criterion.propagation
+            needed = "pruned" if self.reconstruct else removal.propagation if removal.needs() else None
+            published = needed or ("dense" if self.is_global else criterion.propagation)
             object.__setattr__(self, "propagate", published)
         if self.is_global and self.propagate == "pruned" and not self.updates:
             raise RecipeError(
@@ -161,10 +165,9 @@ class Recipe(BaseModel):
 
     def _settle_removal(self, criterion: Criterion) -> Removal:
         """Write out how what was chosen leaves, and refuse what it cannot do."""
-        given = self.removal is not None
-        removal = removal_from(criterion.removal if self.removal is None else self.removal)
-        if not given and not self.masks_weights:
-            removal = removal_from("mask")
+        spanning = [kind for kind in self.cut_kinds if kind in SPANNING]
+        published = criterion.removal if self.masks_weights else "mask" if spanning else criterion.unit_removal
+        removal = removal_from(published if self.removal is None else self.removal)
         object.__setattr__(self, "removal", str(removal))
         if removal.name == "mask":
             return removal
@@ -172,10 +175,9 @@ class Recipe(BaseModel):
             raise RecipeError(
                 f"--removal {removal.name} refines masks, and {','.join(self.unit)} are cut; leave it out"
             )
-        spanning = [kind for kind in self.cut_kinds if kind in SPANNING]
         if removal.updates and spanning:
             raise RecipeError(
-                f"--removal {removal.name} gives new weights inside blocks, and {' and '.join(spanning)} units leave the model "
+                f"--removal {removal.name} gives new numbers inside blocks, and {' and '.join(spanning)} units leave the model "
                 "as a whole; take them out in a run of their own"
             )
         if removal.options.model_dump().get("bits", 16) < 16 and not self.masks_weights:
@@ -185,7 +187,7 @@ class Recipe(BaseModel):
             )
         if self.within == "global" and removal.updates and self.masks_weights:
             raise RecipeError(
-                f"--removal {removal.name} gives new weights block by block, and --within global chooses over the whole model; "
+                f"--removal {removal.name} gives new numbers block by block, and --within global chooses over the whole model; "
                 "choose within row, share, block or layer"
             )
         if self.steps > 1:
@@ -254,6 +256,21 @@ class Recipe(BaseModel):
         if self.within == "global" and self.cut_kinds and self.masks_weights:
             raise RecipeError(
                 "--within global chooses over the whole model before anything is cut; cut and mask in two runs"
+            )
+
+    def _settle_allocation(self, criterion: Criterion) -> None:
+        """Write out what was published, where nothing is said and the units can have it; a recipe's file says all."""
+        if "allocation" not in self.model_fields_set and self.cut_kinds:
+            can_be_ranked = not {"query", *SPANNING} & set(self.cut_kinds) and apart_from_each_other(self.cut_kinds)
+            if criterion.allocation != "global" or can_be_ranked:
+                object.__setattr__(self, "allocation", criterion.allocation)
+        if (policy := self.parsed_policy()) is not None:
+            object.__setattr__(self, "allocation", str(policy))
+        if self.allocation == "global" and self.cut_kinds:
+            object.__setattr__(self, "normalise", self.normalise or criterion.normalise)
+        elif self.normalise is not None:
+            raise RecipeError(
+                f"--normalise {self.normalise} is about units under --allocation global; add that, or leave it out"
             )
 
     @property

@@ -71,7 +71,7 @@ def check_allocation(recipe: Recipe) -> None:
         raise RecipeError(
             "query heads leave every group in equal number, so they have no global choice; use --allocation uniform"
         )
-    if spread == "global" and recipe.rank == "together" and not _apart_from_each_other(recipe.cut_kinds):
+    if spread == "global" and recipe.rank == "together" and not apart_from_each_other(recipe.cut_kinds):
         raise RecipeError(
             f"{' and '.join(recipe.cut_kinds)} units hold parameters of each other, so one ranking would count them twice; "
             "use --rank apart"
@@ -116,6 +116,6 @@ def check_block_criterion(recipe: Recipe) -> None:
         )
 
 
-def _apart_from_each_other(kinds: tuple[str, ...]) -> bool:
+def apart_from_each_other(kinds: tuple[str, ...]) -> bool:
     """Whether no parameter belongs to units of two of these kinds."""
     return len(kinds) < 2 or not (set(kinds) & set(SPANNING) or {"expert", "channel"} <= set(kinds))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from secateur.allocation.mask_amounts import MaskAmounts
 from secateur.allocation.weights import WeightChooser, surviving
+from secateur.checkpoint.biases import bias_of
 from secateur.checkpoint.reader import Checkpoint
 from secateur.console import log
 from secateur.errors import ModelError
@@ -74,7 +76,13 @@ class Remover:
             if self._recipe.masks_weights:
                 decision.masks[name] = removed.mask_OI
             if removed.weight_OI is not None:
-                decision.numbers[name] = _stored(self._checkpoint, index, name, removed.weight_OI, self._removal.name)
+                parameter = decision.matrices[name].parameter
+                decision.numbers[name] = _stored(
+                    self._checkpoint, index, name, parameter, removed.weight_OI, self._removal.name
+                )
+            if removed.shift_O is not None:
+                bias, bias_O = self._shifted(index, decision, name, rows, removed.shift_O)
+                decision.numbers[bias] = _stored(self._checkpoint, index, name, bias, bias_O, self._removal.name)
             for key, value in removed.notes.items():
                 log.info("%s: %s %g.", self._full(index, name), key, value)
                 decision.notes[key] = max(value, decision.notes.get(key, value))
@@ -130,7 +138,19 @@ class Remover:
             choose,
             self._criterion.adaptive and kept_scores is None,
         )
-        return self._removal.remove(task)
+        removed = self._removal.remove(task)
+        if fitted is not None and fitted.shift_O is not None and removed.shift_O is not None:
+            return replace(removed, shift_O=removed.shift_O + fitted.shift_O)
+        return removed
+
+    def _shifted(
+        self, index: int, decision: BlockDecision, name: str, rows: torch.Tensor, shift_O: torch.Tensor
+    ) -> tuple[str, torch.Tensor]:
+        """The bias of a matrix, its name and what it becomes: as stored, as far as the cut leaves it, and moved."""
+        bias = bias_of(self._checkpoint.skeleton.blocks[index], decision.matrices[name])
+        assert bias is not None  # the model was opened with every bias that may be written
+        full = self._full(index, bias)
+        return bias, self._checkpoint.read([full])[full][rows].double() + shift_O.cpu()
 
 
 def reconstruct(
@@ -158,21 +178,21 @@ def reconstruct(
     if not notes:  # nothing was fitted
         return decision, fitted.finished()
     for name, weight_OI in fitted.numbers():
-        decision.numbers[name] = _stored(checkpoint, index, name, weight_OI, method.name)
+        parameter = decision.matrices[name].parameter
+        decision.numbers[name] = _stored(checkpoint, index, name, parameter, weight_OI, method.name)
     for key, value in notes.items():
         decision.notes[key] = value
     return decision, fitted.finished()
 
 
-def _stored(checkpoint: Checkpoint, index: int, name: str, weight_OI: torch.Tensor, by: str) -> torch.Tensor:
+def _stored(checkpoint: Checkpoint, index: int, name: str, parameter: str, new: torch.Tensor, by: str) -> torch.Tensor:
     """New numbers in the dtype that the checkpoint has, which is what the next block sees."""
-    skeleton = checkpoint.skeleton
-    prefix, parameter = skeleton.block_prefix(index), skeleton.prunable(index)[name].parameter
-    stored = weight_OI.to(checkpoint.tensors[prefix + parameter].dtype)
+    prefix = checkpoint.skeleton.block_prefix(index)
+    stored = new.to(checkpoint.tensors[prefix + parameter].dtype)
     if not all_finite(stored):
         raise ModelError(
-            f"{by} gives new weights of '{prefix}{name}' that are not finite in {stored.dtype}; "
-            "give more --windows, or a larger dampening"
+            f"{by} gives new numbers for '{prefix}{name}' that are not finite in {stored.dtype}; "
+            "give more --windows, or other options of it"
         )
     return stored
 
@@ -198,24 +218,27 @@ def share_among(
     prefix = checkpoint.skeleton.block_prefix(index)
     device = next(iter(checkpoint.skeleton.blocks[index].state_dict().values())).device
     masks, numbers = dict(decision.masks), dict(decision.numbers)
+    biases = [bias_of(checkpoint.skeleton.blocks[index], decision.matrices[name]) for name in names]
+    owners = {name: place % workers.size for place, name in enumerate(names)}
+    owners |= {bias: place % workers.size for place, bias in enumerate(biases) if bias}
     made = workers.all(
-        [(n in masks, n in numbers, tuple((masks.get(n, numbers.get(n, NOTHING))).shape)) for n in names]
+        {n: (n in masks, n in numbers, tuple((masks.get(n, numbers.get(n, NOTHING))).shape)) for n in owners}
     )
-    for place, name in enumerate(names):
-        owner = place % workers.size
-        has_mask, has_numbers, shape = made[owner][place]
+    for name, owner in owners.items():
+        has_mask, has_numbers, shape = made[owner][name]
         if has_mask:
             bits = masks[name].to("cpu", torch.uint8) if name in masks else torch.zeros(shape, dtype=torch.uint8)
             workers.hand_round(bits, owner)
             masks[name] = bits.bool().to(device)
         if has_numbers:
-            stored = checkpoint.tensors[prefix + decision.matrices[name].parameter].dtype
+            matrix = decision.matrices.get(name)
+            stored = checkpoint.tensors[prefix + (matrix.parameter if matrix else name)].dtype
             whole = numbers[name].float().cpu() if name in numbers else torch.zeros(shape)
             workers.hand_round(whole, owner)  # float32 holds every stored number exactly
             numbers[name] = whole.to(stored).to(device)
     for target, found in ((decision.masks, masks), (decision.numbers, numbers)):
         target.clear()
-        target.update((name, found[name]) for name in names if name in found)
+        target.update((name, found[name]) for name in owners if name in found)
     for notes in workers.all(dict(decision.notes)):
         for key, value in notes.items():
             decision.notes[key] = max(value, decision.notes.get(key, value))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import secateur
+from secateur.biases import with_biases
 from secateur.calibration import fingerprint, text_windows
 from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD
@@ -76,7 +77,7 @@ def make_plan(recipe: Recipe, out: Path | None = None, overwrite: bool = False) 
     """
     began = time.monotonic()
     alone("plan")
-    checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
+    checkpoint = with_biases(open_checkpoint(recipe.model, recipe.trust_remote_code), recipe)
     placement = placement_for(recipe.device, checkpoint.dtype)
     settings = present_settings(recipe.micro_batch, placement)
     start = Start(_identity("plan", recipe, checkpoint, out=str(out)), settings)
@@ -136,7 +137,7 @@ def prune(
         other_workers: go on although the run was begun with another number of workers.
     """
     workers = join()
-    checkpoint = open_checkpoint(recipe.model, recipe.trust_remote_code)
+    checkpoint = with_biases(open_checkpoint(recipe.model, recipe.trust_remote_code), recipe)
     placement = placement_for(recipe.device, checkpoint.dtype)
     if not workers.leads:
         checkpoint.take_hash(workers.first(None))
@@ -209,7 +210,7 @@ def apply(
         raise PlanError(
             f"the plan at {plan_path} asks to run code that comes with the model; allow it with --trust-remote-code"
         )
-    checkpoint = open_checkpoint(model or plan.model.spec, trust_remote_code)
+    checkpoint = with_biases(open_checkpoint(model or plan.model.spec, trust_remote_code), plan.recipe)
     check_apart(out, checkpoint.folder, str(plan_path))
     if not plan.removes_anything():
         raise PlanError(f"the plan at {plan_path} removes nothing; make another")

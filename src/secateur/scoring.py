@@ -124,7 +124,7 @@ def _of_group(
     group: UnitGroup, contributions: Mapping[str, torch.Tensor], criterion: Criterion, reduce: str
 ) -> torch.Tensor:
     """Scores of a group's units."""
-    if not any(member.parameter in contributions for member in group.members):
+    if not any(member.parameter in contributions for member in criterion.counted(group)):
         raise RecipeError(
             f"the '{group.kind}' units in {group.module} hold no matrix, so there is nothing to score them by"
         )

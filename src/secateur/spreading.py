@@ -131,7 +131,7 @@ def _key(
     """All that figures depend on; what a policy makes of them afterwards is no part of it."""
     options = policy.options.model_dump(include=set(policy.measured_by))
     key: dict[str, Any] = {
-        "model": checkpoint.content_hash,
+        "model": checkpoint.computed_hash,
         "policy": policy.name,
         "options": options,
         "blocks": [blocks.start, blocks.stop],

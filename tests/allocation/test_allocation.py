@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from secateur.allocation import Pool, Ranking, exact_threshold, lowest_units, two_tier_amounts, uniform_amounts
+from secateur.allocation.across_blocks import zscore
 from secateur.allocation.goal import Goal, solve, solve_by_kind
 from secateur.allocation.two_tier import check_middle, middle_share
 from secateur.allocation.uniform import check_share, leaving
@@ -199,3 +200,43 @@ def test_a_coarse_kind_is_held_where_it_would_jump_past_the_target():
     assert (int(3 * shares["head"]), int(100 * shares["channel"])) == (0, 50)
     solved, shares = solve_by_kind(Target("params", 6_000), 6_000, cost, ["head", "channel"])
     assert (int(3 * shares["head"]), solved.reached) == (2, 5_990), "heads do not jump here, so the ratio is common"
+
+
+def test_a_standardised_ranking_is_a_plain_loop_over_pools():
+    """Scores of other scales in every pool: per parameter the small ones would all leave first."""
+    pools = [pool(12, block=i, kind=kind) for i in range(3) for kind in ("head", "channel")]
+    scores = {key: score * 10.0 ** (3 * n) + n for n, (key, score) in enumerate(random_scores(pools, 4).items())}
+    each = [9 if one.kind == "head" else 2 for one in pools]
+    sizes = {p.key: torch.full((12,), size) for p, size in zip(pools, each, strict=True)}
+    entries = []
+    for place, one in enumerate(pools):
+        values = scores[one.key].tolist()
+        mean = sum(values) / len(values)
+        deviation = (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+        entries += [((value - mean) / deviation, place, unit) for unit, value in enumerate(values)]
+    budget = left = 12 * sum(each) // 3
+    expected = {one.key: [] for one in pools}
+    for _, place, unit in sorted(entries):
+        if each[place] <= left and len(expected[pools[place].key]) < pools[place].most:
+            left -= each[place]
+            expected[pools[place].key].append(unit)
+    found = Ranking(pools, scores, sizes, standardise=True).take(budget)
+    assert found == {key: sorted(units) for key, units in expected.items()}
+    assert all(found.values()), "every pool gives something"
+    assert found != Ranking(pools, scores, sizes).take(budget)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e300, -3.0])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_equal_scores_have_the_standard_score_zero(value, count):
+    assert zscore(torch.full((count,), value, dtype=torch.float64)).tolist() == [0.0] * count
+
+
+def test_standard_scores_of_any_scale_are_finite_and_infinite_ones_stay():
+    for scale in (1e-320, 1e-200, 1.0, 1e200):
+        found = zscore(torch.tensor([1.0, 2.0, 4.0, torch.inf], dtype=torch.float64) * scale)
+        assert found[:3].isfinite().all()
+        assert found[:3].mean().item() == pytest.approx(0, abs=1e-9)
+        assert found[:3].std().item() == pytest.approx(1)
+        assert found[3] == torch.inf
+    assert zscore(torch.tensor([torch.inf])).tolist() == [torch.inf]

@@ -12,7 +12,7 @@ from secateur.criteria import CRITERIA, BlockCriterion, criterion_from
 from secateur.criteria.base import Matrix
 from secateur.errors import RecipeError
 from secateur.removal.masks import row_mask
-from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputNorm, InputSecondMoment
+from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputMoments, InputNorm, InputSecondMoment
 
 
 def matrix(
@@ -22,9 +22,10 @@ def matrix(
     weight_OI = torch.randn(6, 10, generator=generator)
     x_NTI = torch.randn(windows, 7, 10, generator=generator) * (0 if zero_input else 1)
     g_NOI = torch.randn(windows, 6, 10, generator=generator) * (0 if zero_gradient else 1e-3)
-    statistics = {kind: kind() for kind in (InputNorm, InputSecondMoment, GradientMean, GradientAbs, GradientSquare)}
+    of_inputs = (InputNorm, InputMoments, InputSecondMoment)
+    statistics = {kind: kind() for kind in (*of_inputs, GradientMean, GradientAbs, GradientSquare)}
     for n in order or range(windows):
-        for kind in (InputNorm, InputSecondMoment):
+        for kind in of_inputs:
             statistics[kind].update(x_NTI[n])
         for kind in (GradientMean, GradientAbs, GradientSquare):
             statistics[kind].update(g_NOI[n])
@@ -62,7 +63,7 @@ def test_scaled_gradients_with_scaled_alpha_give_the_same_mask():
     assert torch.equal(row_mask(score("gblm:alpha=100", m), 0.5), row_mask(score("gblm:alpha=1", moved), 0.5))
 
 
-@pytest.mark.parametrize("text", ["wanda", "gblm", "gblm:norm=l2", "taylor:order=mixed", "taylor:order=vector"])
+@pytest.mark.parametrize("text", ["wanda", "flap", "gblm", "gblm:norm=l2", "taylor:order=mixed", "taylor:order=vector"])
 def test_order_of_windows_is_irrelevant(text):
     forwards, backwards = matrix(), matrix(order=[4, 3, 2, 1, 0])
     assert torch.allclose(score(text, forwards), score(text, backwards), rtol=1e-5, atol=1e-9)

@@ -14,12 +14,12 @@ from secateur.checkpoint.skeleton import Skeleton
 from secateur.criteria import criterion_from
 from secateur.criteria.base import Matrix
 from secateur.criteria.units import unit_scores
-from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputNorm
+from secateur.statistics import GradientAbs, GradientMean, GradientSquare, InputMoments, InputNorm
 from secateur.structure import find_all_units, find_units
 
 TEXTS = ["random", "magnitude", "magnitude:norm=l2", "wanda", "gblm", "gblm:norm=l2"]
 TEXTS += [f"taylor:order={order}" for order in ("vector", "first", "second", "mixed")]
-TEXTS += ["fms", "fms:signed=true"]
+TEXTS += ["fms", "fms:signed=true", "flap"]
 
 
 def is_signed(criterion) -> bool:
@@ -27,13 +27,20 @@ def is_signed(criterion) -> bool:
     return "vector" in str(criterion) or "signed=true" in str(criterion)
 
 
+def input_statistics(inputs, generator):
+    statistics = {InputNorm: InputNorm(), InputMoments: InputMoments()}
+    x_TI = torch.randn(5, inputs, generator=generator)
+    for statistic in statistics.values():
+        statistic.update(x_TI)
+    return statistics
+
+
 def contributions_of(model, criterion):
     generator = torch.Generator().manual_seed(7)
     found = {}
     for name, parameter in model.model.layers[0].named_parameters():
         if parameter.dim() == 2:
-            statistics = {InputNorm: InputNorm()}
-            statistics[InputNorm].update(torch.randn(5, parameter.shape[1], generator=generator))
+            statistics = input_statistics(parameter.shape[1], generator)
             for kind in (GradientMean, GradientAbs, GradientSquare):
                 statistics[kind] = kind()
                 statistics[kind].update(torch.randn(parameter.shape, generator=generator))
@@ -65,6 +72,8 @@ def by_hand(kind, unit, contributions, criterion, reduce, kv_heads, heads=8, wid
         if kind == "head":
             places += [(attention[1], 0, shared), (attention[2], 0, shared)]
         places += [(attention[3], 1, queries)]
+    if criterion.name == "flap":
+        places = places[-1:]  # what reads the unit, and nothing else
     members = [[sum(part(name, dim, i) for i in indices) for indices in channels] for name, dim, channels in places]
     if reduce == "first":
         return sum(members[0])
@@ -95,8 +104,7 @@ def own_layout_contributions(skeleton, block, index, criterion):
     matrices, values = skeleton.prunable(index), {}
     for name, matrix in matrices.items():
         weight_OI = matrix.of(parameters).detach()
-        statistics = {InputNorm: InputNorm()}
-        statistics[InputNorm].update(torch.randn(5, weight_OI.shape[1], generator=generator))
+        statistics = input_statistics(weight_OI.shape[1], generator)
         for kind in (GradientMean, GradientAbs, GradientSquare):
             statistics[kind] = kind()
             statistics[kind].update(torch.randn(weight_OI.shape, generator=generator))
@@ -108,7 +116,7 @@ def member_by_member(group, unit, contributions, criterion, reduce):
     """One weight after the other: every member, every channel of the unit, every index the channel owns."""
     members = []
     for member in group.members:
-        if member.parameter not in contributions:
+        if member.parameter not in contributions or (criterion.name == "flap" and member.role != "consumer"):
             continue
         values = contributions[member.parameter].double().movedim(member.dim, 0).flatten(1)
         sums = [math.fsum(values[i].tolist()) for i in member.index_UC[unit]]

@@ -252,3 +252,15 @@ def test_blocks_after_those_that_left_are_fitted(ratio, windows, tmp_path):
     assert far["block:held_out=0"] < 0.9 * far["none"]
     assert kept["none"] == set()
     assert kept["block:held_out=0"] == {index for index in range(5) if index > min(left)} - set(left)
+
+
+def test_fitted_beside_new_biases(windows, tmp_path):
+    folder = save(tiny("opt"), tmp_path / "opt")
+    fields = {"criterion": "flap", "unit": "channel", "ratio": 0.3, "calibration": windows}
+    secateur.prune(str(folder), tmp_path / "out", reconstruct="block:held_out=0", **fields)
+    plan = load_plan(tmp_path / "out" / "secateur" / "plan.json")
+    names = {name for entry in plan.blocks for name in entry.updated}
+    assert any(name.endswith("bias") for name in names)
+    assert any(name.endswith("weight") for name in names)
+    errors = plan.fit_errors()
+    assert errors["error_after"] < errors["error_before"]

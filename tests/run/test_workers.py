@@ -30,6 +30,8 @@ RECIPES = {
     "owl": ["--criterion", "wanda", "--unit", "weight", "--allocation", "owl:outlier=2"],
     "alpha-channels": ["--criterion", "magnitude", "--unit", "channel", "--ratio", "0.3", "--allocation", "alpha"],
     "sensitivity": ["--criterion", "wanda", "--unit", "2:4", "--allocation", "sensitivity"],
+    "flap": ["--criterion", "flap", "--unit", "head,channel", "--ratio", "0.3"],
+    "bias": ["--criterion", "wanda", "--unit", "channel,2:4", "--ratio", "0.25", "--removal", "bias"],
     "steps": ["--criterion", "taylor", "--unit", "channel", "--ratio", "0.4", "--steps", "2"],
 }
 

@@ -58,9 +58,15 @@ class CostModel:
             place = int(name.removeprefix(inside).partition(".")[0]) if name.startswith(inside) else OUTSIDE
             own = name.removeprefix(prefixes.get(place, ""))
             self._shapes[place][own], self._item[place][own] = tuple(tensor.shape), tensor.dtype.itemsize
+        self._stored = checkpoint.parameters(), sum(tensor.bytes for tensor in checkpoint.stored())
         tied = skeleton.tied()
         self._outer_products = [tied.get(name, name) for name in _products_outside(skeleton.model, inside)]
         self._known: dict[object, Cost] = {}
+
+    @property
+    def dense(self) -> Cost:
+        """The cost of the model as its files hold it, without the biases that it was given here."""
+        return Cost(self._stored[0], self._stored[1], self.after({}).macs)
 
     @property
     def shapes_of(self) -> ShapesOf:

@@ -77,7 +77,17 @@ class Checkpoint:
 
     def parameters(self) -> int:
         """How many numbers the model stores (tied tensors once)."""
-        return sum(torch.Size(tensor.shape).numel() for tensor in self.tensors.values())
+        return sum(torch.Size(tensor.shape).numel() for tensor in self.stored())
+
+    def stored(self) -> list[ModelTensor]:
+        """The tensors that files hold."""
+        return [tensor for tensor in self.tensors.values() if tensor.origin.sources]
+
+    @property
+    def computed_hash(self) -> str:
+        """What names all that is measured of it: adding a bias of zero takes another kernel, whose sums may round otherwise."""
+        added = sorted(name for name, tensor in self.tensors.items() if not tensor.origin.sources)
+        return f"{self.content_hash} with {' '.join(added)}" if added else self.content_hash
 
     def read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Read tensors by name, in the dtype they are stored in; files are closed before returning.

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 import secateur
+from secateur.biases import with_biases
 from secateur.calibration import TokenWindows, fingerprint
 from secateur.calibration.stored import KEY
 from secateur.checkpoint.placement import placement_for
@@ -269,6 +270,8 @@ def _measure(folder: Path, checkpoint: Checkpoint, runs: Sequence[_Run], windows
     missing = [run for run in planned if run.folder.record.get("on") != on or "measured" not in run.folder.record]
     if not missing and read_json(folder / DENSE).get("on") == on:
         return
+    for run in missing:  # all run in one model, which has what any of them writes to
+        checkpoint = with_biases(checkpoint, run.recipe)
     structure = _structure(checkpoint, missing)
     variants = {run.key: _realised(checkpoint, run, structure) for run in missing}
     memory = _spare(checkpoint, runs[0].recipe, windows)

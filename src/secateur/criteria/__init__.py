@@ -2,6 +2,7 @@
 
 from secateur.criteria.angular import Angular
 from secateur.criteria.base import BlockCriterion, Criterion
+from secateur.criteria.flap import FLAP
 from secateur.criteria.fms import FMS
 from secateur.criteria.gblm import GBLM
 from secateur.criteria.influence import Influence
@@ -26,6 +27,7 @@ CRITERIA: dict[str, type[Criterion]] = {
         SparseGPT,
         RIA,
         WandaPlusPlus,
+        FLAP,
         Influence,
         Angular,
     )

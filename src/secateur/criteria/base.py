@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -11,11 +11,15 @@ import torch
 
 from secateur.options import Named, Options
 from secateur.statistics import GradientSource, Statistic
+from secateur.structure.units import Member, UnitGroup
 
 Propagation = Literal["dense", "pruned"]
 Within = Literal["row", "share", "block", "layer", "global"]
 """Where single weights compete: a row; a matrix, by the share of its row's scores gone with a weight; a run of consecutive
 inputs over all rows; a matrix; the model."""
+Normalise = Literal["parameter", "zscore"]
+"""How scores become comparable over the model: divided by the parameters that a unit holds, or standardised within each
+kind of each block."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class Criterion(Named, ABC):
         keeps_last: whether the last block stays, unless ``--blocks`` names it.
         gradient: the default of ``--gradient``, as the method was published; means nothing where none are needed.
         within: the default of ``--within``, as the method was published.
-        removal: the default of ``--removal``, as the method was published.
+        removal: the default of ``--removal`` for single weights, as the method was published.
+        unit_removal: the same where units are cut.
+        allocation: the default of ``--allocation`` where units are cut, as the method was published.
+        normalise: the default of ``--normalise``, as the method was published.
         adaptive: its scores change while weights leave, so a removal that updates weights chooses by itself.
     """
 
@@ -49,6 +56,9 @@ class Criterion(Named, ABC):
     gradient: ClassVar[GradientSource] = "exact"
     within: ClassVar[Within] = "row"
     removal: ClassVar[str] = "mask"
+    unit_removal: ClassVar[str] = "mask"
+    allocation: ClassVar[str] = "uniform"
+    normalise: ClassVar[Normalise] = "parameter"
     adaptive: ClassVar[bool] = False
     keeps_last: ClassVar[bool] = False
 
@@ -63,6 +73,10 @@ class Criterion(Named, ABC):
     def weight_score_OI(self, matrix: Matrix) -> torch.Tensor:
         """The score of single weights (unit ``weight`` and N:M)."""
         return self.score_OI(matrix)
+
+    def counted(self, group: UnitGroup) -> Sequence[Member]:
+        """The members of a group whose weights make up what its units are worth."""
+        return group.members
 
     def channel_score(self, contribution: torch.Tensor, dim: int) -> torch.Tensor:
         """The score of each slice along ``dim``, of a matrix each row or column, from its weights' contributions, float64.
@@ -111,4 +125,4 @@ class BlockCriterion(Criterion):
         raise TypeError(f"{self.name} scores whole blocks, not {matrix.name}")
 
 
-__all__ = ["BlockCriterion", "Criterion", "Matrix", "Options", "Propagation", "Within"]
+__all__ = ["BlockCriterion", "Criterion", "Matrix", "Normalise", "Options", "Propagation", "Within"]

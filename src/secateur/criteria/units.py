@@ -16,7 +16,7 @@ def unit_scores(
 ) -> torch.Tensor:
     """Score every unit of ``group``, ``(U,)`` float64.
 
-    Each member gives one score for each channel of the unit (its row, its column, its slice of packed experts); channels that belong together
+    Each member that the criterion counts gives one score for each channel of the unit (its row, its column, its slice of packed experts); channels that belong together
     (a query head's with its KV head's) are added up, the members are reduced channel by channel, and a unit is the sum
     of its channels (methods §14.2: "a head's score = sum of its head_dim channels'"). Grouped query heads are paired
     with the KV head they read, not with strided ones (methods §14.6).
@@ -27,7 +27,7 @@ def unit_scores(
         reduce: over the members: sum, mean, max, prod, first (the root) or last (the end of the chain).
     """
     channels_of_members = []
-    for member in group.members:
+    for member in criterion.counted(group):
         if member.parameter in contributions:
             channels = criterion.channel_score(contributions[member.parameter], member.dim)
             channels_of_members.append(channels[torch.as_tensor(member.index_UC)])

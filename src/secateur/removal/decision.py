@@ -38,7 +38,8 @@ class BlockDecision:
         removals: for each group of structured units, the units that leave.
         masks: by the matrix's name, what stays of it *after* the cut, ``(O', I')`` boolean.
         matrices: how the block keeps the matrices that ``masks`` and ``numbers`` name.
-        numbers: by the matrix's name, the new numbers of what stays after the cut, ``(O', I')`` in the stored dtype.
+        numbers: by the matrix's name, the new numbers of what stays after the cut, ``(O', I')`` in the stored dtype; by a
+            bias's own name its new numbers, ``(O',)``.
         notes: figures of the removal that are worth telling, the largest of the block.
     """
 
@@ -55,6 +56,9 @@ class BlockDecision:
         """
         result = cut_tensors(tensors, self.removals)
         for name in dict.fromkeys([*self.numbers, *self.masks]):
+            if name not in self.matrices:
+                result[name] = self.numbers[name].to(result[name])
+                continue
             matrix = self.matrices[name]
             if not in_place and result[matrix.parameter] is tensors[matrix.parameter]:
                 result[matrix.parameter] = result[matrix.parameter].clone()
@@ -94,6 +98,10 @@ class BlockDecision:
             return tensors
         result = dict(tensors)
         for name, numbers_OI in self.numbers.items():
+            if name not in self.matrices:
+                stays_O = self._stays(name, 0, len(tensors[name])).to(tensors[name].device)
+                result[name] = tensors[name].masked_scatter(stays_O, numbers_OI.to(tensors[name]))
+                continue
             matrix = self.matrices[name]
             if not in_place and result[matrix.parameter] is tensors[matrix.parameter]:
                 result[matrix.parameter] = result[matrix.parameter].clone()

@@ -80,7 +80,7 @@ def count_checkpoint(
                 valid = valid and _keeps_at_most(weight_OI, n_of_m.keep, n_of_m.group)
     return Count(
         parameters=checkpoint.parameters(),
-        bytes=sum(tensor.bytes for tensor in checkpoint.tensors.values()),
+        bytes=sum(tensor.bytes for tensor in checkpoint.stored()),
         zeros=zeros,
         prunable=prunable,
         units=_units(checkpoint, groups, kept),

@@ -25,6 +25,8 @@ def asked(plan: Plan) -> str:
     spread = f", each block its own share by {policy.name}" if policy else ""
     removal = recipe.parsed_removal()
     leaves = f", {'what stays updated' if removal.updates else 'refined'} by {removal.name}" if removal.needs() else ""
+    if removal.writes_biases:
+        leaves = ", its expected output in biases"
     fitted = ", blocks fitted to the dense model" if recipe.reconstruct else ""
     return " and ".join(parts) + blocks + spread + leaves + fitted
 
@@ -56,6 +58,7 @@ def _asked_of_units(recipe: Recipe) -> str:
         whole = "the model's parameters in" if recipe.allocation == "global" else "the model's"
         asked = f"{100 * recipe.cut_ratio:g} % of {whole} {_units(kinds)}"
     extras = {
+        ", ranked by standardised scores": recipe.normalise == "zscore",
         ", ends kept whole": recipe.allocation == "two-tier",
         f", kept in multiples of {recipe.round_to}": recipe.round_to > 1,
         f", in {recipe.steps} rounds": recipe.steps > 1,
@@ -109,7 +112,8 @@ def reached(plan: Plan, before: Count, after: Count) -> str:
             parts.append(f"{there - left} of {there} {kind} units gone ({100 * (there - left) / there:.2f} %)")
     gone = before.parameters - after.parameters
     if gone:
-        parts.append(f"{gone:,} of {before.parameters:,} parameters gone ({100 * gone / before.parameters:.2f} %)")
+        what = "parameters gone" if gone > 0 else "parameters more, biases"
+        parts.append(f"{abs(gone):,} of {before.parameters:,} {what} ({100 * abs(gone) / before.parameters:.2f} %)")
     if plan.recipe.masks_weights:
         parts.append(
             f"{after.zeros:,} zeros in {after.prunable:,} weights of the blocks' matrices ({100 * after.zeros / after.prunable:.2f} %)"

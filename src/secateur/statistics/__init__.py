@@ -15,7 +15,7 @@ from secateur.statistics.base import (
 )
 from secateur.statistics.gradient import GradientAbs, GradientMean, GradientSquare
 from secateur.statistics.influence import BlockCosine, LastToken
-from secateur.statistics.inputs import InputMean, InputNorm, InputSecondMoment, InputVariance
+from secateur.statistics.inputs import InputMean, InputMoments, InputNorm, InputSecondMoment, InputVariance
 from secateur.statistics.states import BLOCK, BlockStatistics, add_states, as_states
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "GradientSquare",
     "GradientStatistic",
     "InputMean",
+    "InputMoments",
     "InputNorm",
     "InputSecondMoment",
     "InputStatistic",

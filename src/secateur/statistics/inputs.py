@@ -122,3 +122,57 @@ class InputVariance(InputVector):
         if not len(x_TI):  # an expert to which no token of the window went
             return torch.zeros(x_TI.shape[1], device=x_TI.device)
         return x_TI.float().var(dim=0, correction=0)
+
+
+class InputMoments(InputVector):
+    """Mean and variance of x over all tokens of all windows, ``(I,)`` each; what differs between windows is in it.
+
+    Kept are how many tokens there were, their mean and the sum of squared deviations from it, ``(3, I)`` float64. Windows are
+    joined by the formula for the moments of a union, so nothing is lost to cancellation. Tokens are looked at from the
+    window's first one, so that the variance of a constant is zero exactly. (FLAP's running variance subtracts the new mean
+    twice, its old one being the same tensor; methods §12.)
+    """
+
+    name = "input_moments"
+
+    def term(self, x_TI: torch.Tensor) -> torch.Tensor:
+        term_3I = torch.zeros(3, x_TI.shape[1], dtype=torch.float64, device=x_TI.device)
+        if len(x_TI):  # else an expert to which no token of the window went
+            first_I = x_TI[0].float()
+            variance_I, mean_I = torch.var_mean(x_TI.float() - first_I, dim=0, correction=0)
+            term_3I[0], term_3I[1], term_3I[2] = len(x_TI), first_I.double() + mean_I, variance_I.double() * len(x_TI)
+        return term_3I
+
+    def _fold(self, term: torch.Tensor) -> None:
+        self.windows += 1
+        if self.total is None:
+            self.total = term.clone()
+            return
+        (seen_I, mean_I, squares_I), (count_I, other_I, more_I) = self.total, term
+        part_I, apart_I = count_I / (seen_I + count_I).clamp(min=1), other_I - mean_I
+        squares_I += more_I + apart_I.square() * seen_I * part_I
+        mean_I += apart_I * part_I
+        seen_I += count_I
+
+    def as_sum(self) -> torch.Tensor:
+        """Number, sum and sum of squares, which add up where deviations do not."""
+        count_I, mean_I, squares_I = self.known()
+        return torch.stack([count_I, count_I * mean_I, squares_I + count_I * mean_I.square()])
+
+    def set_sum(self, summed: torch.Tensor, windows: int) -> None:
+        count_I, sum_I, squares_I = summed
+        mean_I = sum_I / count_I.clamp(min=1)
+        deviations_I = (squares_I - count_I * mean_I.square()).clamp(min=0)
+        super().set_sum(torch.stack([count_I, mean_I, deviations_I]), windows)
+
+    def select(self, columns: torch.Tensor) -> Self:
+        return self._with(self.known()[:, columns])
+
+    def mean(self) -> torch.Tensor:
+        """The mean over tokens, ``(I,)`` float32; zero where there were none."""
+        return self.known()[1].float()
+
+    def variance(self) -> torch.Tensor:
+        """The variance over tokens (of the population, not of a sample), ``(I,)`` float32."""
+        count_I, _, squares_I = self.known()
+        return (squares_I / count_I.clamp(min=1)).float()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -48,22 +48,28 @@ class Removed:
         mask_OI: what stays, True.
         weight_OI: new numbers, zero where the mask is False; None where those that stay are as they were.
         notes: figures worth telling, by name.
+        shift_O: what is added to the bias, ``(O,)``; None where it stays as it is.
     """
 
     mask_OI: torch.Tensor
     weight_OI: torch.Tensor | None = None
     notes: Mapping[str, float] = field(default_factory=dict)
+    shift_O: torch.Tensor | None = None
 
 
 class Removal(Named, ABC):
     """How weights leave.
 
     Attributes:
-        updates: whether weights that stay get new numbers.
+        updates: whether weights or biases that stay get new numbers.
+        writes_biases: whether it is biases that do, and weights stay.
+        propagation: the default of ``--propagate`` where it reads statistics.
     """
 
     flag = "removal"
     updates: ClassVar[bool] = False
+    writes_biases: ClassVar[bool] = False
+    propagation: ClassVar[Literal["dense", "pruned"]] = "pruned"
     options_type: ClassVar[type[Options]] = Options
 
     def needs(self) -> frozenset[type[Statistic]]:
