@@ -109,14 +109,14 @@ class Realisation:
             shapes = cut_shapes(self.checkpoint.skeleton.block_shapes(entry.block), self.cut.blocks[entry.block])
             matrices = self.checkpoint.skeleton.prunable(entry.block)
             for name, numbers_OI in numbers.items():
-                wanted = matrices[name].shape(shapes) if name in matrices else shapes.get(name)
+                matrix = matrices.get(name)  # else it is a bias
+                wanted = matrix.shape(shapes) if matrix else shapes.get(name)
                 if wanted != tuple(numbers_OI.shape):
                     raise PlanError(
                         f"the plan's new weights of '{name}' in block {entry.block} do not have the weight's shape"
                     )
-                stored = self.checkpoint.tensors[
-                    self.checkpoint.skeleton.block_prefix(entry.block) + matrices[name].parameter
-                ]
+                prefix = self.checkpoint.skeleton.block_prefix(entry.block)
+                stored = self.checkpoint.tensors[prefix + (matrix.parameter if matrix else name)]
                 if numbers_OI.dtype != stored.dtype:
                     raise PlanError(
                         f"the plan's new weights of '{name}' in block {entry.block} are {numbers_OI.dtype}, and the model's are "
