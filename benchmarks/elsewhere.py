@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import shutil
 from pathlib import Path
 
@@ -51,9 +52,9 @@ def main() -> None:
     data = parser.parse_args().data.resolve()
     work = ROOT / "benchmarks" / "work" / "elsewhere"
     results = Results("elsewhere", "python benchmarks/elsewhere.py")
-    words = [word for recipes in RECIPES.values() for word in recipes.values()]
-    for name, file in TEXTS.items():
-        if results.get(f"{name}: dense") is not None and all(results.get(f"{name}: {word}") for word in words):
+    for recipes, (name, file) in itertools.product(RECIPES.values(), TEXTS.items()):
+        words = list(recipes.values())
+        if all(results.get(f"{name}: {word}") for word in words):
             continue
         code = COMPARE.format(
             words=words,
