@@ -56,6 +56,7 @@ CUTS = {
     "fms, exact gradients": "fms unit={unit} gradient=exact",
     "taylor, weights refitted": "taylor unit={unit} removal=sparsegpt",
     "taylor, sensitivity": "taylor unit={unit} allocation=sensitivity",
+    "taylor, two-tier": "taylor unit={unit} allocation=two-tier",
     "taylor, global": "taylor unit={unit} allocation=global",
     "taylor, global, weights refitted": "taylor unit={unit} allocation=global removal=sparsegpt",
 }
