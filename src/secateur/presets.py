@@ -26,7 +26,7 @@ def preset_fields(name: str, units: tuple[str, ...]) -> dict[str, Any]:
     masks = any(unit == "weight" or ":" in unit for unit in units)
     if masks and len(units) == 1:
         return _of_masks(name, pattern=":" in units[0])
-    return _of_cuts(name, units, masks)
+    return _of_cuts(name, units)
 
 
 def _of_masks(name: str, pattern: bool) -> dict[str, Any]:
@@ -39,12 +39,11 @@ def _of_masks(name: str, pattern: bool) -> dict[str, Any]:
     return {"criterion": "sparsegpt", "reconstruct": "block"} | spread
 
 
-def _of_cuts(name: str, units: tuple[str, ...], masks: bool) -> dict[str, Any]:
+def _of_cuts(name: str, units: tuple[str, ...]) -> dict[str, Any]:
     if name == "fast":
         return {"criterion": "wanda", "propagate": "dense"}
     spans = {"hidden", "block"} & set(units)  # no weights are updated then
     fields: dict[str, Any] = {"criterion": "taylor"} | ({} if spans else {"removal": "sparsegpt"})
     if name == "balanced" or spans:
         return fields
-    ranked = "query" not in units and not masks and not {"expert", "channel"} <= set(units)
-    return fields | {"reconstruct": "block"} | ({"allocation": "global"} if ranked else {})
+    return fields | {"reconstruct": "block", "allocation": "two-tier"}
