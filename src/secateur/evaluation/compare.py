@@ -11,9 +11,12 @@ from torch import nn
 
 from secateur import loading
 from secateur.calibration import TokenWindows, text_windows
-from secateur.errors import SecateurError
+from secateur.calibration.tokenise import load_tokenizer
+from secateur.console import log
+from secateur.errors import CalibrationError, SecateurError
+from secateur.evaluation.divergence import Divergence
 from secateur.evaluation.efficiency import Size, Speed, measure_speed, size_of
-from secateur.evaluation.perplexity import Perplexity, perplexity
+from secateur.evaluation.perplexity import Perplexity, side_by_side, vocabulary_of
 from secateur.files import human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -29,12 +32,19 @@ MOST_WITH_RATIOS = 3
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """All that was measured of one model; ``speed`` is None where it was not asked for."""
+    """All that was measured of one model.
+
+    Attributes:
+        speed: None where it was not asked for.
+        divergence: from the first model; None for itself, for one with another tokenizer, and without speed, when models are
+            in memory one at a time.
+    """
 
     folder: str
     perplexity: Perplexity
     size: Size
     speed: Speed | None
+    divergence: Divergence | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ class Evaluation:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        columns = {name: _rows(figures) for name, figures in self.models.items()}
+        columns = {name: _rows(figures, len(self.models) <= MOST_WITH_RATIOS) for name, figures in self.models.items()}
         first = next(iter(columns))
         with_ratios = 1 < len(columns) <= MOST_WITH_RATIOS
         note = f"; ratios are to {first}" if with_ratios else ""
@@ -72,13 +82,14 @@ class Evaluation:
             table.add_column(name, justify="right", overflow="fold")
             if with_ratios and name != first:
                 table.add_column("ratio", justify="right", style="dim", no_wrap=True)
-        for label, (yardstick, _) in columns[first].items():
+        for label in dict.fromkeys(label for rows in columns.values() for label in rows):
+            yardstick, _ = columns[first].get(label, (None, ""))
             cells = [label]
             for name, rows in columns.items():
-                value, shown = rows[label]
+                value, shown = rows.get(label, (None, ""))
                 cells.append(shown)
                 if with_ratios and name != first:
-                    cells.append(f"{value / yardstick:.2f}×")
+                    cells.append("" if value is None or yardstick is None else f"{value / yardstick:.2f}×")
             table.add_row(*cells)
         return table
 
@@ -118,24 +129,58 @@ def evaluate(
     load = load or loading.load
     windows = text_windows(text, next(iter(models.values())), window_length, max_windows)
     prompt_1T = windows.ids_NT[:1, :SPEED_TOKENS]
-    figures: dict[str, tuple[Perplexity, Size]] = {}
+    figures: dict[str, tuple[Perplexity, Divergence | None]] = {}
+    sizes: dict[str, Size] = {}
     resident: dict[str, nn.Module] = {}
     for name, folder in models.items():
         model = load(folder)
-        figures[name] = perplexity(model, windows, batch_size), size_of(model, folder, prompt_1T)
+        sizes[name] = size_of(model, folder, prompt_1T)
         if speed:
             resident[name] = model
+        else:
+            figures |= side_by_side({name: model}, windows, batch_size)
         del model
-    speeds = measure_speed(resident, prompt_1T, repeats) if speed else {}
-    measured = {name: ModelFigures(str(models[name]), *figures[name], speeds.get(name)) for name in models}
+    speeds = {}
+    if speed:
+        figures = side_by_side(resident, windows, batch_size, _alike(models, resident))
+        speeds = measure_speed(resident, prompt_1T, repeats)
+    measured = {
+        name: ModelFigures(str(models[name]), figures[name][0], sizes[name], speeds.get(name), figures[name][1])
+        for name in models
+    }
     return Evaluation(measured, _protocol(measured, windows, prompt_1T.shape[1]), text, windows.sha256)
+
+
+def _alike(models: Mapping[str, Path], loaded: Mapping[str, nn.Module]) -> list[str]:
+    """The models after the first whose token ids mean what the first's do."""
+    first, *others = models
+    vocabulary, tokens = vocabulary_of(loaded[first]), _tokens(models[first])
+    alike = []
+    for name in others:
+        if vocabulary_of(loaded[name]) == vocabulary and _tokens(models[name]) == tokens:
+            alike.append(name)
+        else:
+            log.warning("%s has another tokenizer than %s: figures a token do not compare.", name, first)
+    return alike
+
+
+def _tokens(folder: Path) -> dict[str, int] | None:
+    try:
+        return dict(load_tokenizer(folder).get_vocab())
+    except CalibrationError:
+        return None  # windows of token ids need none
 
 
 def _protocol(models: Mapping[str, ModelFigures], windows: TokenWindows, prompt: int) -> str:
     # All models saw the same windows; their lines can only differ in the dtype.
     lines = list(dict.fromkeys(figures.perplexity.protocol for figures in models.values()))
     timed = next(iter(models.values())).speed
-    text = f"Perplexity: {' / '.join(lines)}. MACs: one forward over {prompt} tokens, head included."
+    first = next(iter(models))
+    compared = any(figures.divergence for figures in models.values())
+    beside = (
+        f" KL({first} || model) in nats a token and the same likeliest token, on these windows." if compared else ""
+    )
+    text = f"Perplexity: {' / '.join(lines)}.{beside} MACs: one forward over {prompt} tokens, head included."
     if timed:
         text += (
             f" Speed: one forward over {timed.tokens} tokens without cache, median of {timed.repeats} ± half the "
@@ -144,7 +189,7 @@ def _protocol(models: Mapping[str, ModelFigures], windows: TokenWindows, prompt:
     return text
 
 
-def _rows(figures: ModelFigures) -> dict[str, tuple[float, str]]:
+def _rows(figures: ModelFigures, with_error: bool) -> dict[str, tuple[float, str]]:
     """Each row's number, and how it is shown."""
     size, speed = figures.size, figures.speed
     rows: dict[str, tuple[float, str]] = {
@@ -154,6 +199,11 @@ def _rows(figures: ModelFigures) -> dict[str, tuple[float, str]]:
         "weights on disk": (size.bytes_on_disk, human_bytes(size.bytes_on_disk)),
         "MACs per token": (size.macs_per_token, human_count(size.macs_per_token)),
     }
+    if figures.divergence:
+        error = figures.divergence.standard_error
+        spread = "" if error is None or not with_error else f" ± {error:.4f}"
+        rows["KL to first"] = figures.divergence.value, f"{figures.divergence.value:.4f}{spread}"
+        rows["same token"] = figures.divergence.agreement, f"{figures.divergence.agreement:.1%}"
     if speed:
         rows["forward latency"] = (speed.latency, _milliseconds(speed.latency, speed.latency_spread))
         rows["tokens a second"] = (speed.tokens_per_second, f"{speed.tokens_per_second:,.0f}")

@@ -44,12 +44,14 @@ class Tasks:
     Attributes:
         names: as they are reported: a group's own name, a tag's tasks.
         objects: lm-eval's.
+        manager: lm-eval's index of the tasks there are; reading it takes long, so it is read once.
         source: where the questions come from, for people.
         trusted: whether code that comes with the tasks may run.
     """
 
     names: list[str]
     objects: list[Any]
+    manager: Any
     source: str
     trusted: bool = False
 
@@ -88,7 +90,9 @@ def open_tasks(names: Sequence[str], folder: Path | None = None, trust_remote_co
             roots |= {task: obj for task, obj in loaded["tasks"].items() if task not in inside}
             found += list(roots)
             objects += list(roots.values())
-    return Tasks(found, objects, str(folder) if folder is not None else "the hub's data sets", trust_remote_code)
+    return Tasks(
+        found, objects, manager, str(folder) if folder is not None else "the hub's data sets", trust_remote_code
+    )
 
 
 def _own_tasks(names: Sequence[str], folder: Path, trusted: bool) -> dict[str, Path]:

@@ -55,6 +55,7 @@ def score(
         TaskError: a question or task does not work with this model.
     """
     with quiet(tasks.trusted) as cut:
+        from jinja2 import TemplateError
         from lm_eval.api.model import CacheHook
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -72,9 +73,14 @@ def score(
             setattr(language_model, kind, _with_progress(getattr(language_model, kind), hook, f"Tasks: {name}"))
         try:
             raw = simple_evaluate(
-                language_model, tasks=list(tasks.objects), limit=limit, log_samples=False, bootstrap_iters=RESAMPLES
+                language_model,
+                tasks=list(tasks.objects),
+                limit=limit,
+                log_samples=False,
+                bootstrap_iters=RESAMPLES,
+                task_manager=tasks.manager,
             )
-        except (ValueError, AssertionError, KeyError, TypeError) as error:
+        except (ValueError, AssertionError, TemplateError) as error:
             raise TaskError(f"the tasks cannot be put to {name}: {reason_of(error)}") from error
     return RawScores(
         results={task: dict(figures) for task, figures in raw["results"].items()},
