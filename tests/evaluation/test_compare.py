@@ -65,7 +65,7 @@ def test_the_table_has_a_row_for_each_figure_and_ratios_to_the_first(folders: di
     shown = drawn(evaluation)
     for label in (
         "perplexity", "parameters", "parameters not zero", "weights on disk", "MACs per token",
-        "forward latency", "tokens a second",
+        "peak memory", "prefill, batch 1", "decode, batch 8", "tokens/s, prefill, batch 8", "tokens/s, decode, batch 1",
     ):  # fmt: skip
         assert label in shown
     models = evaluation.models
@@ -110,7 +110,7 @@ def test_without_speed_models_are_in_memory_one_at_a_time(folders: dict[str, Pat
     evaluation = measured(folders, text, speed=False, load=load)
     assert len(loaded) == 2
     assert evaluation.models["dense"].speed is None
-    assert "latency" not in drawn(evaluation)
+    assert "prefill" not in drawn(evaluation)
 
 
 def test_defaults_are_said_in_the_protocol(folders: dict[str, Path]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from secateur.calibration.tokenise import load_tokenizer
 from secateur.console import log
 from secateur.errors import CalibrationError, SecateurError
 from secateur.evaluation.divergence import Divergence
-from secateur.evaluation.efficiency import Size, Speed, measure_speed, size_of
+from secateur.evaluation.efficiency import DECODE_STEPS, Size, Speed, measure_speed, size_of
 from secateur.evaluation.perplexity import Perplexity, side_by_side, vocabulary_of
 from secateur.files import human_bytes, human_count
 
@@ -26,6 +26,9 @@ DEFAULT_MAX_WINDOWS = 32
 SPEED_TOKENS = 128
 """Tokens of the forward that is timed and whose MACs are counted: a prompt of ordinary length."""
 
+SPEED_BATCHES = (1, 8)
+"""Sequences at once for which speed is measured: one user, and a few."""
+
 MOST_WITH_RATIOS = 3
 """With more models than this, ratios to the first would not fit a terminal of 100 columns."""
 
@@ -35,7 +38,7 @@ class ModelFigures:
     """All that was measured of one model.
 
     Attributes:
-        speed: None where it was not asked for.
+        speed: by ``prefill, batch B`` and ``decode, batch B``; None where it was not asked for.
         divergence: from the first model; None for itself, for one with another tokenizer, and without speed, when models are
             in memory one at a time.
     """
@@ -43,7 +46,7 @@ class ModelFigures:
     folder: str
     perplexity: Perplexity
     size: Size
-    speed: Speed | None
+    speed: dict[str, Speed] | None
     divergence: Divergence | None = None
 
 
@@ -102,8 +105,9 @@ def evaluate(
     max_windows: int | None = DEFAULT_MAX_WINDOWS,
     load: Callable[[Path], nn.Module] | None = None,
     speed: bool = True,
-    repeats: int = 7,
+    repeats: int = 5,
     batch_size: int = 1,
+    speed_batches: Sequence[int] = SPEED_BATCHES,
 ) -> Evaluation:
     """Measure models on the same token windows, cut with the first one's tokenizer.
 
@@ -117,7 +121,8 @@ def evaluate(
         load: turns a folder into a model; by default ``secateur.load`` in float32, safetensors only.
         speed: whether to time them.
         repeats: how often each is timed.
-        batch_size: windows at once for perplexity; latency is always of one sequence.
+        batch_size: windows at once for perplexity.
+        speed_batches: sequences at once for speed.
 
     Raises:
         CalibrationError: the text cannot be used.
@@ -143,7 +148,7 @@ def evaluate(
     speeds = {}
     if speed:
         figures = side_by_side(resident, windows, batch_size, _alike(models, resident))
-        speeds = measure_speed(resident, prompt_1T, repeats)
+        speeds = measure_speed(resident, prompt_1T, repeats, speed_batches)
     measured = {
         name: ModelFigures(str(models[name]), figures[name][0], sizes[name], speeds.get(name), figures[name][1])
         for name in models
@@ -182,9 +187,11 @@ def _protocol(models: Mapping[str, ModelFigures], windows: TokenWindows, prompt:
     )
     text = f"Perplexity: {' / '.join(lines)}.{beside} MACs: one forward over {prompt} tokens, head included."
     if timed:
+        one = next(iter(timed.values()))
         text += (
-            f" Speed: one forward over {timed.tokens} tokens without cache, median of {timed.repeats} ± half the "
-            "distance between the quartiles, models taking turns."
+            f" Memory: weights and tensors alive, the same forward. Speed: prefill of the same {prompt} tokens at most, then decode "
+            f"of {DECODE_STEPS} tokens a sequence after it; median of {one.repeats} ± half the distance between the quartiles, "
+            "models taking turns."
         )
     return text
 
@@ -198,18 +205,21 @@ def _rows(figures: ModelFigures, with_error: bool) -> dict[str, tuple[float, str
         "parameters not zero": (size.nonzero_parameters, human_count(size.nonzero_parameters)),
         "weights on disk": (size.bytes_on_disk, human_bytes(size.bytes_on_disk)),
         "MACs per token": (size.macs_per_token, human_count(size.macs_per_token)),
+        "peak memory": (size.peak_memory, human_bytes(size.peak_memory)),
     }
     if figures.divergence:
         error = figures.divergence.standard_error
         spread = "" if error is None or not with_error else f" ± {error:.4f}"
         rows["KL to first"] = figures.divergence.value, f"{figures.divergence.value:.4f}{spread}"
         rows["same token"] = figures.divergence.agreement, f"{figures.divergence.agreement:.1%}"
-    if speed:
-        rows["forward latency"] = (speed.latency, _milliseconds(speed.latency, speed.latency_spread))
-        rows["tokens a second"] = (speed.tokens_per_second, f"{speed.tokens_per_second:,.0f}")
+    for what, timed in (speed or {}).items():
+        rows[what] = timed.latency, _milliseconds(timed.latency, timed.latency_spread if with_error else None)
+    for what, timed in (speed or {}).items():
+        rows[f"tokens/s, {what}"] = timed.tokens_per_second, f"{timed.tokens_per_second:,.0f}"
     return rows
 
 
-def _milliseconds(seconds: float, spread: float) -> str:
+def _milliseconds(seconds: float, spread: float | None) -> str:
     digits = 0 if seconds >= 0.1 else 1
-    return f"{1000 * seconds:,.{digits}f} ± {1000 * spread:,.{digits}f} ms"
+    beside = "" if spread is None else f" ± {1000 * spread:,.{digits}f}"
+    return f"{1000 * seconds:,.{digits}f}{beside} ms"
