@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "apply", "compare", "evaluate", "load", "plan", "prune", "recover"]
+__all__ = ["__version__", "apply", "compare", "evaluate", "evaluate_tasks", "load", "plan", "prune", "recover"]
 
 if TYPE_CHECKING:
     from secateur.comparison import Comparison
     from secateur.evaluation import Evaluation
+    from secateur.evaluation.tasks import TaskEvaluation
     from secateur.plans import Plan
     from secateur.run import Result
 
@@ -113,6 +114,17 @@ def evaluate(models: str | Path | Sequence[str | Path], **options: Any) -> Evalu
 
     several = [models] if isinstance(models, str | Path) else models
     return evaluate_models([str(model) for model in several], **options)
+
+
+def evaluate_tasks(
+    models: str | Path | Sequence[str | Path], tasks: str | Sequence[str], **options: Any
+) -> TaskEvaluation:
+    """Put lm-eval's tasks to one model, or to several side by side; see ``secateur.measuring.evaluate_models_on_tasks``."""
+    from secateur.measuring import evaluate_models_on_tasks
+
+    several = [models] if isinstance(models, str | Path) else models
+    options["tasks_dir"] = _path(options.get("tasks_dir"))
+    return evaluate_models_on_tasks([str(model) for model in several], tasks, **options)
 
 
 def compare(model: str | Path, recipes: Sequence[str | Path], out: str | Path, **options: Any) -> Comparison:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from secateur.errors import SecateurError, Stopped
+from secateur.errors import RecipeError, SecateurError, Stopped
 from secateur.flags import RemoteOption, with_recipe, with_shared
 
 app = typer.Typer(
@@ -74,6 +74,12 @@ def _worker() -> int:
     """This process's number among those that torchrun has started."""
     rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
     return int(rank) if rank.isdigit() and size.isdigit() and int(size) > 1 else 0
+
+
+def _only_with(flag: str, given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise RecipeError(f"{name} belongs to {flag}, which is not given; give both or neither")
 
 
 def _print_json(record: Any) -> None:
@@ -232,15 +238,47 @@ def evaluate(
         bool, typer.Option("--alone", help="Do not set a pruned model beside the one it came from.")
     ] = False,
     speed: Annotated[bool, typer.Option(help="Also measure latency and tokens a second, the models in turn.")] = True,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Measure tasks of lm-eval instead, with commas between: boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,"
+            "openbookqa,lambada, or any other it knows.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks_dir: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where the tasks' questions are as JSON Lines (boolq_val.jsonl, piqa_val.jsonl, ...), or task files of lm-eval; "
+            "nothing is fetched then.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(help="Ask only the first so many questions of each task.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Requests at once, of --tasks. [default: 1]", show_default=False)
+    ] = None,
     trust_remote_code: RemoteOption = False,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Measure perplexity, size and speed, before and after side by side."""
+    """Measure perplexity, size and speed, before and after side by side; or tasks, with --tasks."""
     _begin(verbose)
-    from secateur.measuring import evaluate_models
+    evaluation: Any
+    if tasks is not None:
+        from secateur.measuring import evaluate_models_on_tasks
 
-    evaluation = evaluate_models(models, text, window_length, max_windows, alone, speed, trust_remote_code)
+        evaluation = evaluate_models_on_tasks(
+            models, tasks, tasks_dir, limit, 1 if batch_size is None else batch_size, alone, trust_remote_code
+        )
+    else:
+        _only_with("--tasks", {"--tasks-dir": tasks_dir, "--limit": limit, "--batch-size": batch_size})
+        from secateur.measuring import evaluate_models
+
+        evaluation = evaluate_models(models, text, window_length, max_windows, alone, speed, trust_remote_code)
     if as_json:
         _print_json(evaluation.to_json())
     else:

@@ -75,7 +75,9 @@ def run_demo(out: Path, quick: bool = False) -> None:
         "recovered": recovered.folder,
     }
     log.info("[4/5] Measuring all three on text that none of them wrote: the documentation inside Python itself.")
-    evaluation = evaluate(folders, text="python-docs", window_length=512, max_windows=size.test, load=load)
+    evaluation = evaluate(
+        folders, text="python-docs", window_length=512, max_windows=size.test, load=load, speed_batches=(1,)
+    )
     log.info("[5/5] Letting each continue the same sentence.")
     written = _continuations(folders)
     console.print()

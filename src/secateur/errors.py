@@ -26,6 +26,10 @@ class CalibrationError(SecateurError):
     """The calibration or evaluation text cannot be turned into token windows."""
 
 
+class TaskError(SecateurError):
+    """A task to measure models on is unknown, or its questions cannot be had or are not of its shape."""
+
+
 class RecipeError(SecateurError):
     """What was asked for is not possible: an unknown name, an option or ratio out of range, a contradiction."""
 

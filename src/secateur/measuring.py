@@ -10,6 +10,7 @@ from secateur.checkpoint.reader import open_checkpoint
 from secateur.console import log
 from secateur.errors import SecateurError
 from secateur.evaluation import Evaluation, evaluate
+from secateur.evaluation.tasks import TaskEvaluation, evaluate_tasks
 from secateur.loading import load
 from secateur.recovering import pruned_from
 
@@ -30,11 +31,8 @@ def evaluate_models(
     Raises:
         SecateurError: a model or the text cannot be opened.
     """
-    folders = {spec: open_checkpoint(spec, trust_remote_code).folder for spec in dict.fromkeys(specs)}
-    if len(folders) == 1 and not alone:
-        folders = _original(next(iter(folders.values()))) | folders
     return evaluate(
-        _short_names(folders),
+        _folders(specs, alone, trust_remote_code),
         text=text,
         window_length=window_length,
         max_windows=max_windows,
@@ -43,8 +41,49 @@ def evaluate_models(
     )
 
 
-def _loader(trust_remote_code: bool) -> Any:
-    return lambda folder: load(folder, **({"trust_remote_code": True} if trust_remote_code else {}))
+def evaluate_models_on_tasks(
+    specs: Sequence[str],
+    tasks: str | Sequence[str],
+    tasks_dir: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 1,
+    alone: bool = False,
+    trust_remote_code: bool = False,
+) -> TaskEvaluation:
+    """Put lm-eval's tasks to every model of ``specs``, in the dtype it is stored in; the first is the yardstick.
+
+    Args:
+        specs: models; a single pruned folder is measured beside its origin, as in ``evaluate_models``.
+        tasks: their names, in a list or with commas between.
+        tasks_dir: a folder with questions as JSON Lines, task files of lm-eval, or both; None: lm-eval's own, from the hub.
+        limit: the first so many questions of each task, the same for every model.
+        batch_size: requests at once.
+        alone: do not set a pruned model beside its origin.
+        trust_remote_code: run code that comes with a model, or that a task file names.
+
+    Raises:
+        SecateurError: a model, a task or its questions cannot be had or used; in one sentence.
+    """
+    return evaluate_tasks(
+        _folders(specs, alone, trust_remote_code),
+        tasks,
+        load=_loader(trust_remote_code, dtype="auto"),
+        folder=tasks_dir,
+        limit=limit,
+        batch_size=batch_size,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def _folders(specs: Sequence[str], alone: bool, trust_remote_code: bool) -> dict[str, Path]:
+    folders = {spec: open_checkpoint(spec, trust_remote_code).folder for spec in dict.fromkeys(specs)}
+    if len(folders) == 1 and not alone:
+        folders = _original(next(iter(folders.values()))) | folders
+    return _short_names(folders)
+
+
+def _loader(trust_remote_code: bool, **options: Any) -> Any:
+    return lambda folder: load(folder, **options, **({"trust_remote_code": True} if trust_remote_code else {}))
 
 
 def _original(folder: Path) -> dict[str, Path]:

@@ -57,7 +57,7 @@ def test_json_is_plain_and_complete(folders: dict[str, Path], text: str) -> None
     assert list(content) == ["models", "protocol", "text", "windows_sha256"]
     assert list(content["models"]) == ["dense", "pruned"]
     assert content["models"]["dense"]["perplexity"]["value"] == evaluation.models["dense"].perplexity.value
-    assert set(content["models"]["pruned"]) == {"folder", "perplexity", "size", "speed"}
+    assert set(content["models"]["pruned"]) == {"folder", "perplexity", "size", "speed", "divergence"}
 
 
 def test_the_table_has_a_row_for_each_figure_and_ratios_to_the_first(folders: dict[str, Path], text: str) -> None:
@@ -65,7 +65,7 @@ def test_the_table_has_a_row_for_each_figure_and_ratios_to_the_first(folders: di
     shown = drawn(evaluation)
     for label in (
         "perplexity", "parameters", "parameters not zero", "weights on disk", "MACs per token",
-        "forward latency", "tokens a second",
+        "peak memory", "prefill, batch 1", "decode, batch 8", "tokens/s, prefill, batch 8", "tokens/s, decode, batch 1",
     ):  # fmt: skip
         assert label in shown
     models = evaluation.models
@@ -110,7 +110,7 @@ def test_without_speed_models_are_in_memory_one_at_a_time(folders: dict[str, Pat
     evaluation = measured(folders, text, speed=False, load=load)
     assert len(loaded) == 2
     assert evaluation.models["dense"].speed is None
-    assert "latency" not in drawn(evaluation)
+    assert "prefill" not in drawn(evaluation)
 
 
 def test_defaults_are_said_in_the_protocol(folders: dict[str, Path]) -> None:
@@ -129,3 +129,38 @@ def test_what_cannot_be_evaluated_is_refused(folders: dict[str, Path], text: str
         measured({**folders, "lost": tmp_path / "nowhere"}, text)
     with pytest.raises(CalibrationError, match="'self' is no text"):
         measured(folders, "self")
+
+
+def test_predictions_are_compared_with_those_of_the_first(folders: dict[str, Path], text: str) -> None:
+    evaluation = measured(folders, text)
+    assert evaluation.models["dense"].divergence is None
+    ids_NT = text_windows(text, folders["dense"], 16, 4).ids_NT
+    with torch.no_grad():
+        dense_NMV = tiny_model()(ids_NT).logits[:, :-1].double().log_softmax(-1)
+        pruned_NMV = tiny_model(1, intermediate_size=24)(ids_NT).logits[:, :-1].double().log_softmax(-1)
+    kl_N = (dense_NMV.exp() * (dense_NMV - pruned_NMV)).sum(-1).mean(-1)
+    divergence = evaluation.models["pruned"].divergence
+    assert divergence is not None
+    assert divergence.value == pytest.approx(kl_N.mean().item(), rel=1e-5)
+    assert divergence.standard_error == pytest.approx(kl_N.std().item() / 2, rel=1e-4)
+    same = (dense_NMV.argmax(-1) == pruned_NMV.argmax(-1)).double().mean().item()
+    assert divergence.agreement == pytest.approx(same)
+    shown = drawn(evaluation)
+    assert f"{divergence.value:.4f} ± {divergence.standard_error:.4f}" in shown
+    assert f"{divergence.agreement:.1%}" in shown
+    assert "KL(dense || model)" in evaluation.protocol
+    same_model = measured({"a": folders["dense"], "b": folders["dense"]}, text).models["b"].divergence
+    assert same_model is not None
+    assert (same_model.value, same_model.agreement) == (0, 1)
+
+
+def test_another_tokenizer_has_nothing_to_compare(
+    folders: dict[str, Path], text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = saved(tmp_path / "other")
+    file = other / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w3"', '"v3"'))
+    evaluation = measured({"dense": folders["dense"], "other": other}, text)
+    assert evaluation.models["other"].divergence is None
+    assert "KL" not in evaluation.protocol + drawn(evaluation)
+    assert "other has another tokenizer than dense" in caplog.text

@@ -8,9 +8,12 @@ import torch
 from evaluation_model import VOCABULARY, saved, tiny_model
 from tiny_families import tiny
 from torch import nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from secateur.errors import ModelError, SecateurError
 from secateur.evaluation import efficiency
+from secateur.evaluation.alive import peak_memory
 from secateur.evaluation.efficiency import bytes_on_disk, macs_per_token, measure_speed, size_of
 
 IDS_1T = torch.arange(10)[None]
@@ -85,13 +88,23 @@ class Named(nn.Module):
     def __init__(self, name: str, calls: list[str], clock: list[float], seconds: list[float]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
+        self.config = tiny_model().config
         self.name, self.calls, self.clock, self.seconds = name, calls, clock, iter(seconds)
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> None:
+    def forward(
+        self, input_ids: torch.Tensor, use_cache: bool, past_key_values: object = None
+    ) -> CausalLMOutputWithPast:
         assert not self.training
         assert not torch.is_grad_enabled()
-        self.calls.append(self.name)
-        self.clock[0] += next(self.seconds)
+        assert use_cache
+        batch, tokens = input_ids.shape
+        if past_key_values is None:
+            self.calls.append(f"{self.name}{batch}")
+            self.clock[0] += next(self.seconds)
+        else:
+            assert tokens == 1
+            self.clock[0] += 0.5
+        return CausalLMOutputWithPast(logits=torch.zeros(batch, tokens, 3), past_key_values=DynamicCache())
 
 
 def test_models_take_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,22 +112,50 @@ def test_models_take_turns_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> N
     clock = [0.0]
     monkeypatch.setattr(efficiency.time, "perf_counter", lambda: clock[0])
     models = {
-        "a": Named("a", calls, clock, [99, 1, 2, 3, 4, 5]),
-        "b": Named("b", calls, clock, [99, 8, 8, 8, 8, 8]),
+        "a": Named("a", calls, clock, [99, 1, 2, 3, 4, 5] * 2),
+        "b": Named("b", calls, clock, [99, 8, 8, 8, 8, 8] * 2),
     }
-    speeds = measure_speed(models, torch.zeros(2, 10, dtype=torch.int64), repeats=5)
-    assert calls == ["a", "b"] * 6
-    assert (speeds["a"].latency, speeds["a"].latency_spread) == (3, 1)  # quartiles 2 and 4
-    assert speeds["a"].tokens_per_second == pytest.approx(20 / 3)
-    assert (speeds["b"].latency, speeds["b"].latency_spread, speeds["b"].tokens_per_second) == (8, 0, 2.5)
-    assert (speeds["b"].tokens, speeds["b"].repeats) == (20, 5)
+    speeds = measure_speed(models, torch.zeros(1, 10, dtype=torch.int64), repeats=5, batches=(1, 2))
+    assert calls == ["a1", "b1"] * 6 + ["a2", "b2"] * 6
+    assert list(speeds["a"]) == ["prefill, batch 1", "decode, batch 1", "prefill, batch 2", "decode, batch 2"]
+    a, b = speeds["a"]["prefill, batch 2"], speeds["b"]["prefill, batch 2"]
+    assert (a.latency, a.latency_spread) == (3, 1)  # quartiles 2 and 4
+    assert a.tokens_per_second == pytest.approx(20 / 3)
+    assert (b.latency, b.latency_spread, b.tokens_per_second) == (8, 0, 2.5)
+    assert (b.tokens, b.repeats) == (20, 5)
+    decode = speeds["a"]["decode, batch 2"]
+    assert (decode.latency, decode.tokens, decode.tokens_per_second) == (0.5, 2, 4)
 
 
-def test_a_real_model_is_timed() -> None:
-    (speed,) = measure_speed({"a": tiny_model()}, IDS_1T, repeats=1).values()
-    assert speed.latency > 0
-    assert speed.latency_spread == 0
-    assert speed.tokens_per_second == pytest.approx(10 / speed.latency)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "opt", "falcon", "mixtral"])
+def test_real_models_are_timed(family: str) -> None:
+    (speed,) = measure_speed({"a": tiny(family)}, IDS_1T, repeats=1, batches=(2,)).values()
+    assert list(speed) == ["prefill, batch 2", "decode, batch 2"]
+    for timed, tokens in zip(speed.values(), (20, 2), strict=True):
+        assert timed.latency > 0
+        assert timed.latency_spread == 0
+        assert timed.tokens_per_second == pytest.approx(tokens / timed.latency)
+
+
+def test_the_prompt_leaves_positions_for_decoding() -> None:
+    (speed,) = measure_speed({"a": tiny_model(max_position_embeddings=12)}, torch.zeros(1, 12).long(), 1).values()
+    assert speed["prefill, batch 1"].tokens == 12 - efficiency.DECODE_STEPS
+
+
+class Chain(nn.Module):
+    config = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Embedding(10, 64), nn.Linear(64, 256, bias=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        wide = self.second(self.first(input_ids))  # what the look-up gave is gone after this line
+        return wide.view(-1)[:4] + 1
+
+
+def test_peak_memory_is_weights_and_what_is_alive_at_once() -> None:
+    assert peak_memory(Chain(), torch.zeros(1, 8, dtype=torch.int64)) == 4 * (640 + 64 * 256) + 4 * 8 * (64 + 256)
 
 
 def test_no_repeats_are_refused() -> None:

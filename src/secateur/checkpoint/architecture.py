@@ -122,12 +122,12 @@ def example_inputs(model: Any, batch: int = 1, tokens: int = 48) -> dict[str, to
     return {"input_ids": torch.randint(vocabulary, (batch, tokens), generator=generator)}
 
 
-def call_model(model: nn.Module, inputs: ModelInputs) -> Any:
-    """The model's outputs, without a cache where it has one."""
+def call_model(model: nn.Module, inputs: Mapping[str, Any], cached: bool = False) -> Any:
+    """The model's outputs, without a cache where it has one, or with one if ``cached``."""
     known = inspect.signature(model.forward).parameters
     passes_on = any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
     if "use_cache" in known or (passes_on and hasattr(model.config, "use_cache")):
-        return model(**inputs, use_cache=False)
+        return model(**inputs, use_cache=cached)
     return model(**inputs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +11,12 @@ from torch import nn
 
 from secateur import loading
 from secateur.calibration import TokenWindows, text_windows
-from secateur.errors import SecateurError
-from secateur.evaluation.efficiency import Size, Speed, measure_speed, size_of
-from secateur.evaluation.perplexity import Perplexity, perplexity
+from secateur.calibration.tokenise import load_tokenizer
+from secateur.console import log
+from secateur.errors import CalibrationError, SecateurError
+from secateur.evaluation.divergence import Divergence
+from secateur.evaluation.efficiency import DECODE_STEPS, Size, Speed, measure_speed, size_of
+from secateur.evaluation.perplexity import Perplexity, side_by_side, vocabulary_of
 from secateur.files import human_bytes, human_count
 
 if TYPE_CHECKING:
@@ -23,18 +26,28 @@ DEFAULT_MAX_WINDOWS = 32
 SPEED_TOKENS = 128
 """Tokens of the forward that is timed and whose MACs are counted: a prompt of ordinary length."""
 
+SPEED_BATCHES = (1, 8)
+"""Sequences at once for which speed is measured: one user, and a few."""
+
 MOST_WITH_RATIOS = 3
 """With more models than this, ratios to the first would not fit a terminal of 100 columns."""
 
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """All that was measured of one model; ``speed`` is None where it was not asked for."""
+    """All that was measured of one model.
+
+    Attributes:
+        speed: by ``prefill, batch B`` and ``decode, batch B``; None where it was not asked for.
+        divergence: from the first model; None for itself, for one with another tokenizer, and without speed, when models are
+            in memory one at a time.
+    """
 
     folder: str
     perplexity: Perplexity
     size: Size
-    speed: Speed | None
+    speed: dict[str, Speed] | None
+    divergence: Divergence | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +75,7 @@ class Evaluation:
         from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        columns = {name: _rows(figures) for name, figures in self.models.items()}
+        columns = {name: _rows(figures, len(self.models) <= MOST_WITH_RATIOS) for name, figures in self.models.items()}
         first = next(iter(columns))
         with_ratios = 1 < len(columns) <= MOST_WITH_RATIOS
         note = f"; ratios are to {first}" if with_ratios else ""
@@ -72,13 +85,14 @@ class Evaluation:
             table.add_column(name, justify="right", overflow="fold")
             if with_ratios and name != first:
                 table.add_column("ratio", justify="right", style="dim", no_wrap=True)
-        for label, (yardstick, _) in columns[first].items():
+        for label in dict.fromkeys(label for rows in columns.values() for label in rows):
+            yardstick, _ = columns[first].get(label, (None, ""))
             cells = [label]
             for name, rows in columns.items():
-                value, shown = rows[label]
+                value, shown = rows.get(label, (None, ""))
                 cells.append(shown)
                 if with_ratios and name != first:
-                    cells.append(f"{value / yardstick:.2f}×")
+                    cells.append("" if value is None or yardstick is None else f"{value / yardstick:.2f}×")
             table.add_row(*cells)
         return table
 
@@ -91,8 +105,9 @@ def evaluate(
     max_windows: int | None = DEFAULT_MAX_WINDOWS,
     load: Callable[[Path], nn.Module] | None = None,
     speed: bool = True,
-    repeats: int = 7,
+    repeats: int = 5,
     batch_size: int = 1,
+    speed_batches: Sequence[int] = SPEED_BATCHES,
 ) -> Evaluation:
     """Measure models on the same token windows, cut with the first one's tokenizer.
 
@@ -106,7 +121,8 @@ def evaluate(
         load: turns a folder into a model; by default ``secateur.load`` in float32, safetensors only.
         speed: whether to time them.
         repeats: how often each is timed.
-        batch_size: windows at once for perplexity; latency is always of one sequence.
+        batch_size: windows at once for perplexity.
+        speed_batches: sequences at once for speed.
 
     Raises:
         CalibrationError: the text cannot be used.
@@ -118,33 +134,69 @@ def evaluate(
     load = load or loading.load
     windows = text_windows(text, next(iter(models.values())), window_length, max_windows)
     prompt_1T = windows.ids_NT[:1, :SPEED_TOKENS]
-    figures: dict[str, tuple[Perplexity, Size]] = {}
+    figures: dict[str, tuple[Perplexity, Divergence | None]] = {}
+    sizes: dict[str, Size] = {}
     resident: dict[str, nn.Module] = {}
     for name, folder in models.items():
         model = load(folder)
-        figures[name] = perplexity(model, windows, batch_size), size_of(model, folder, prompt_1T)
+        sizes[name] = size_of(model, folder, prompt_1T)
         if speed:
             resident[name] = model
+        else:
+            figures |= side_by_side({name: model}, windows, batch_size)
         del model
-    speeds = measure_speed(resident, prompt_1T, repeats) if speed else {}
-    measured = {name: ModelFigures(str(models[name]), *figures[name], speeds.get(name)) for name in models}
+    speeds = {}
+    if speed:
+        figures = side_by_side(resident, windows, batch_size, _alike(models, resident))
+        speeds = measure_speed(resident, prompt_1T, repeats, speed_batches)
+    measured = {
+        name: ModelFigures(str(models[name]), figures[name][0], sizes[name], speeds.get(name), figures[name][1])
+        for name in models
+    }
     return Evaluation(measured, _protocol(measured, windows, prompt_1T.shape[1]), text, windows.sha256)
+
+
+def _alike(models: Mapping[str, Path], loaded: Mapping[str, nn.Module]) -> list[str]:
+    """The models after the first whose token ids mean what the first's do."""
+    first, *others = models
+    vocabulary, tokens = vocabulary_of(loaded[first]), _tokens(models[first])
+    alike = []
+    for name in others:
+        if vocabulary_of(loaded[name]) == vocabulary and _tokens(models[name]) == tokens:
+            alike.append(name)
+        else:
+            log.warning("%s has another tokenizer than %s: figures a token do not compare.", name, first)
+    return alike
+
+
+def _tokens(folder: Path) -> dict[str, int] | None:
+    try:
+        return dict(load_tokenizer(folder).get_vocab())
+    except CalibrationError:
+        return None  # windows of token ids need none
 
 
 def _protocol(models: Mapping[str, ModelFigures], windows: TokenWindows, prompt: int) -> str:
     # All models saw the same windows; their lines can only differ in the dtype.
     lines = list(dict.fromkeys(figures.perplexity.protocol for figures in models.values()))
     timed = next(iter(models.values())).speed
-    text = f"Perplexity: {' / '.join(lines)}. MACs: one forward over {prompt} tokens, head included."
+    first = next(iter(models))
+    compared = any(figures.divergence for figures in models.values())
+    beside = (
+        f" KL({first} || model) in nats a token and the same likeliest token, on these windows." if compared else ""
+    )
+    text = f"Perplexity: {' / '.join(lines)}.{beside} MACs: one forward over {prompt} tokens, head included."
     if timed:
+        one = next(iter(timed.values()))
         text += (
-            f" Speed: one forward over {timed.tokens} tokens without cache, median of {timed.repeats} ± half the "
-            "distance between the quartiles, models taking turns."
+            f" Memory: weights and tensors alive, the same forward. Speed: prefill of the same {prompt} tokens at most, then decode "
+            f"of {DECODE_STEPS} tokens a sequence after it; median of {one.repeats} ± half the distance between the quartiles, "
+            "models taking turns."
         )
     return text
 
 
-def _rows(figures: ModelFigures) -> dict[str, tuple[float, str]]:
+def _rows(figures: ModelFigures, with_error: bool) -> dict[str, tuple[float, str]]:
     """Each row's number, and how it is shown."""
     size, speed = figures.size, figures.speed
     rows: dict[str, tuple[float, str]] = {
@@ -153,13 +205,21 @@ def _rows(figures: ModelFigures) -> dict[str, tuple[float, str]]:
         "parameters not zero": (size.nonzero_parameters, human_count(size.nonzero_parameters)),
         "weights on disk": (size.bytes_on_disk, human_bytes(size.bytes_on_disk)),
         "MACs per token": (size.macs_per_token, human_count(size.macs_per_token)),
+        "peak memory": (size.peak_memory, human_bytes(size.peak_memory)),
     }
-    if speed:
-        rows["forward latency"] = (speed.latency, _milliseconds(speed.latency, speed.latency_spread))
-        rows["tokens a second"] = (speed.tokens_per_second, f"{speed.tokens_per_second:,.0f}")
+    if figures.divergence:
+        error = figures.divergence.standard_error
+        spread = "" if error is None or not with_error else f" ± {error:.4f}"
+        rows["KL to first"] = figures.divergence.value, f"{figures.divergence.value:.4f}{spread}"
+        rows["same token"] = figures.divergence.agreement, f"{figures.divergence.agreement:.1%}"
+    for what, timed in (speed or {}).items():
+        rows[what] = timed.latency, _milliseconds(timed.latency, timed.latency_spread if with_error else None)
+    for what, timed in (speed or {}).items():
+        rows[f"tokens/s, {what}"] = timed.tokens_per_second, f"{timed.tokens_per_second:,.0f}"
     return rows
 
 
-def _milliseconds(seconds: float, spread: float) -> str:
+def _milliseconds(seconds: float, spread: float | None) -> str:
     digits = 0 if seconds >= 0.1 else 1
-    return f"{1000 * seconds:,.{digits}f} ± {1000 * spread:,.{digits}f} ms"
+    beside = "" if spread is None else f" ± {1000 * spread:,.{digits}f}"
+    return f"{1000 * seconds:,.{digits}f}{beside} ms"

@@ -26,6 +26,21 @@ def log_probabilities(logits_BTV: torch.Tensor) -> torch.Tensor:
     return logits_BMV
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """How far one model's predictions are from the dense model's, over the predicted tokens of the same windows.
+
+    Attributes:
+        value: KL(dense || model), nats a token.
+        standard_error: of ``value``, from the spread between windows; None for a single window.
+        agreement: share of tokens for which both models hold the same one likeliest.
+    """
+
+    value: float
+    standard_error: float | None
+    agreement: float
+
+
 @dataclass
 class Tally:
     """Adds up what one model predicts, a mean for each window, float64 ``(B,)`` each.
@@ -55,6 +70,11 @@ class Tally:
         following_BM1 = ids_BT[:, 1:, None].to(log_q_BMV.device)
         losses_BM = -log_q_BMV.gather(-1, following_BM1).squeeze(-1).double()
         self.losses.append(losses_BM.mean(dim=1).cpu())
+
+    def divergence(self) -> Divergence:
+        """What the windows so far come to."""
+        value, error = mean_and_error(self.divergences)
+        return Divergence(value, error, mean_and_error(self.agreements)[0])
 
 
 def mean_and_error(values: list[torch.Tensor]) -> tuple[float, float | None]:

@@ -5,11 +5,12 @@ Shape legend: ``B`` batch, ``T`` tokens.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from secateur.checkpoint.architecture import call_model
 from secateur.console import track
 from secateur.errors import ModelError, SecateurError
+from secateur.evaluation.alive import peak_memory
 from secateur.evaluation.perplexity import evaluating
+
+DECODE_STEPS = 8
+"""Tokens decoded for one measurement."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +38,26 @@ class Size:
         nonzero_parameters: those that are not zero.
         bytes_on_disk: of its weight files.
         macs_per_token: multiply-accumulates of one forward, a token, head included.
+        peak_memory: bytes of weights and of the tensors alive beside them, at most, in the same forward.
     """
 
     parameters: int
     nonzero_parameters: int
     bytes_on_disk: int
     macs_per_token: int
+    peak_memory: int
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How long one forward over ``(B, T)`` takes, and how many tokens a second that is.
+    """How long one forward takes, and how many tokens a second that is.
 
     Attributes:
         latency: median over the repeats, seconds.
         latency_spread: half the distance between the quartiles, seconds: half the repeats lie about this near.
-        tokens_per_second: B × T / latency.
+        tokens_per_second: tokens / latency, their median.
         tokens_per_second_spread: the same, in tokens a second.
-        tokens: B × T.
+        tokens: that one forward reads: B × T of a prompt, B of a step of decoding.
         repeats: how often it was measured.
     """
 
@@ -74,6 +81,7 @@ def size_of(model: nn.Module, folder: Path, ids_BT: torch.Tensor) -> Size:
         nonzero_parameters=sum(int(weight.count_nonzero()) for weight in weights),
         bytes_on_disk=bytes_on_disk(folder),
         macs_per_token=macs_per_token(model, ids_BT),
+        peak_memory=peak_memory(model, ids_BT),
     )
 
 
@@ -111,34 +119,82 @@ def macs_per_token(model: nn.Module, ids_BT: torch.Tensor) -> int:
     return round(counter.get_total_flops() / 2 / ids_BT.numel())
 
 
-def measure_speed(models: Mapping[str, nn.Module], ids_BT: torch.Tensor, repeats: int = 7) -> dict[str, Speed]:
-    """Time one forward over ``(B, T)`` of each model: a warm-up, then ``repeats`` rounds in which they take turns.
+def measure_speed(
+    models: Mapping[str, nn.Module], ids_1T: torch.Tensor, repeats: int = 7, batches: Sequence[int] = (1,)
+) -> dict[str, dict[str, Speed]]:
+    """Time each model's prefill and decode: a warm-up, then ``repeats`` rounds in which the models take turns.
 
-    Taking turns (A B A B) spreads what else the machine does evenly, so that the models can be compared.
+    Taking turns (A B A B) spreads what else the machine does evenly, so that the models can be compared. Prefill is one
+    forward over ``(B, T)`` that fills the cache, decode a step of one token a sequence after it, the mean of ``DECODE_STEPS``.
+
+    Args:
+        ids_1T: the prompt, shortened where the model has no positions left after it.
+        batches: numbers of sequences at once, each the same prompt.
+
+    Returns:
+        of each model, by ``prefill, batch B`` and ``decode, batch B``; no decode where a model keeps no cache.
 
     Raises:
         SecateurError: no repeats.
     """
     if repeats < 1:
         raise SecateurError(f"speed has to be measured at least once, not {repeats} times")
+    prompt_1T = _with_room(models, ids_1T)
+    speeds: dict[str, dict[str, Speed]] = {name: {} for name in models}
+    for batch in batches:
+        ids_BT = prompt_1T.expand(batch, -1).contiguous()
+        for model in models.values():
+            _timed(model, ids_BT)
+        seconds: dict[str, list[tuple[float, float | None]]] = {name: [] for name in models}
+        for _ in track(range(repeats), f"Measuring speed, batch {batch}"):
+            for name, model in models.items():
+                seconds[name].append(_timed(model, ids_BT))
+        for name, measured in seconds.items():
+            speeds[name][f"prefill, batch {batch}"] = _speed([prefill for prefill, _ in measured], ids_BT.numel())
+            steps = [decode for _, decode in measured if decode is not None]
+            if steps:
+                speeds[name][f"decode, batch {batch}"] = _speed(steps, batch)
+    return speeds
+
+
+def _with_room(models: Mapping[str, nn.Module], ids_1T: torch.Tensor) -> torch.Tensor:
+    """As much of the prompt as leaves positions for decoding in every model."""
+    room = ids_1T.shape[1]
     for model in models.values():
-        _timed_forward(model, ids_BT)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in track(range(repeats), "Measuring speed"):
-        for name, model in models.items():
-            seconds[name].append(_timed_forward(model, ids_BT))
-    return {name: _speed(measured, ids_BT.numel()) for name, measured in seconds.items()}
+        config: Any = model.config
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        room = min(room, positions - DECODE_STEPS) if positions else room
+    return ids_1T[:, : max(1, room)]
 
 
-def _timed_forward(model: nn.Module, ids_BT: torch.Tensor) -> float:
+def _timed(model: nn.Module, ids_BT: torch.Tensor) -> tuple[float, float | None]:
+    """Seconds of the prefill, and of one step of decoding."""
     device = next(model.parameters()).device
     ids_BT = ids_BT.to(device)
     with evaluating(model):
         _finish(device)
         start = time.perf_counter()
-        call_model(model, {"input_ids": ids_BT})
+        output = call_model(model, {"input_ids": ids_BT}, cached=True)
         _finish(device)
-        return time.perf_counter() - start
+        prefill = time.perf_counter() - start
+        cache = _cache_of(output)
+        if cache is None:
+            return prefill, None
+        # Newer versions of transformers call it by the shorter name.
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        next_B1 = output.logits[:, -1:].argmax(dim=-1)
+        start = time.perf_counter()
+        for _ in range(DECODE_STEPS):
+            output = call_model(model, {"input_ids": next_B1, name: cache}, cached=True)
+            cache, next_B1 = _cache_of(output), output.logits[:, -1:].argmax(dim=-1)
+        _finish(device)
+        return prefill, (time.perf_counter() - start) / DECODE_STEPS
+
+
+def _cache_of(output: Any) -> Any:
+    """What a model remembers of its inputs; None: it keeps nothing."""
+    cache = getattr(output, "past_key_values", None)
+    return getattr(output, "cache", None) if cache is None else cache
 
 
 def _finish(device: torch.device) -> None:

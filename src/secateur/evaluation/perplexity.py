@@ -6,8 +6,8 @@ Shape legend: ``N`` windows, ``B`` of them at once, ``T`` tokens, ``V`` vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from secateur.calibration import TokenWindows
 from secateur.checkpoint.architecture import call_model, is_causal
 from secateur.console import track
 from secateur.errors import SecateurError
+from secateur.evaluation.divergence import Divergence, Tally, log_probabilities
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,48 @@ def perplexity(model: nn.Module, windows: TokenWindows, batch_size: int = 1) -> 
         CalibrationError: a token id is outside the model's vocabulary.
         SecateurError: the model does not predict the next token, the result is not finite, or the windows are longer than the model's positions reach.
     """
-    if not is_causal(model.config):
-        raise SecateurError(
-            f"{type(model).__name__} is not a causal language model, so it has no perplexity; evaluate a model that writes text"
-        )
-    windows.check_vocabulary(vocabulary_of(model))
-    device = next(model.parameters()).device
-    losses: list[torch.Tensor] = []
-    with evaluating(model):
+    return side_by_side({"": model}, windows, batch_size)[""][0]
+
+
+def side_by_side(
+    models: Mapping[str, nn.Module], windows: TokenWindows, batch_size: int = 1, alike: Collection[str] = ()
+) -> dict[str, tuple[Perplexity, Divergence | None]]:
+    """Measure models on the same windows ``(N, T)``, batch by batch in turn; the logits of two are the most that is held.
+
+    Args:
+        models: by name; the first is the dense one.
+        alike: those whose token ids mean what the first's do, which are compared with its predictions.
+
+    Raises:
+        CalibrationError, SecateurError: as ``perplexity``, by the first model that it is true of.
+    """
+    for model in models.values():
+        if not is_causal(model.config):
+            raise SecateurError(
+                f"{type(model).__name__} is not a causal language model, so it has no perplexity; evaluate a model that writes text"
+            )
+        windows.check_vocabulary(vocabulary_of(model))
+    losses: dict[str, list[torch.Tensor]] = {name: [] for name in models}
+    tallies = {name: Tally() for name in models}
+    with ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(evaluating(model))
         for ids_BT in track(windows.ids_NT.split(batch_size), "Measuring perplexity"):
-            losses.append(_window_losses(model, ids_BT.to(device)).cpu())
-    measured = perplexity_of(torch.cat(losses), windows, next(model.parameters()).dtype)
-    if not math.isfinite(measured.value):
-        raise not_finite(measured, windows)
-    return measured
+            dense_BMV = None
+            for number, (name, model) in enumerate(models.items()):
+                logits_BTV = _logits(model, ids_BT)
+                losses[name].append(_window_losses(logits_BTV, ids_BT).cpu())
+                if number == 0 and alike:
+                    dense_BMV = log_probabilities(logits_BTV)
+                elif dense_BMV is not None and name in alike:
+                    tallies[name].add(ids_BT, dense_BMV, log_probabilities(logits_BTV).to(dense_BMV.device))
+    figures = {}
+    for name, model in models.items():
+        measured = perplexity_of(torch.cat(losses[name]), windows, next(model.parameters()).dtype)
+        if not math.isfinite(measured.value):
+            raise not_finite(measured, windows)
+        figures[name] = measured, tallies[name].divergence() if tallies[name].divergences else None
+    return figures
 
 
 def perplexity_of(losses_N: torch.Tensor, windows: TokenWindows, dtype: torch.dtype) -> Perplexity:
@@ -104,10 +133,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _window_losses(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
-    """Mean next-token cross-entropy of each window, float64 ``(B,)``."""
+def _logits(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Float32 or wider ``(B, T, V)``."""
     try:
-        logits_BTV = call_model(model, {"input_ids": ids_BT}).logits[:, :-1].float()
+        return call_model(model, {"input_ids": ids_BT.to(next(model.parameters()).device)}).logits.float()
     except IndexError as error:
         config: Any = model.config
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -117,9 +146,14 @@ def _window_losses(model: nn.Module, ids_BT: torch.Tensor) -> torch.Tensor:
             f"windows of {ids_BT.shape[1]} tokens are longer than the model's {positions} positions; "
             f"give --window-length {positions} or less"
         ) from error
+
+
+def _window_losses(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy of each window, float64 ``(B,)``."""
     # The vocabulary has to be the last dimension: over a strided one the softmax adds up in plain order, which in float32
     # moves the loss by 1e-4.
-    losses_M = F.cross_entropy(logits_BTV.flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
+    following_P = ids_BT[:, 1:].flatten().to(logits_BTV.device)
+    losses_M = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), following_P, reduction="none")
     return losses_M.double().reshape(len(ids_BT), -1).mean(dim=1)
 
 
