@@ -9,11 +9,12 @@ from secateur.errors import RecipeError, suggest
 PRESETS = ("fast", "balanced", "best")
 
 
-def preset_fields(name: str, units: tuple[str, ...]) -> dict[str, Any]:
+def preset_fields(name: str, units: tuple[str, ...], chosen_blocks: bool) -> dict[str, Any]:
     """The fields of a recipe that a preset stands for.
 
     Args:
         units: what leaves, as in a recipe.
+        chosen_blocks: whether it is said already which blocks may be pruned.
 
     Raises:
         RecipeError: there is no such preset.
@@ -26,7 +27,7 @@ def preset_fields(name: str, units: tuple[str, ...]) -> dict[str, Any]:
     masks = any(unit == "weight" or ":" in unit for unit in units)
     if masks and len(units) == 1:
         return _of_masks(name, pattern=":" in units[0])
-    return _of_cuts(name, units)
+    return _of_cuts(name, units, chosen_blocks)
 
 
 def _of_masks(name: str, pattern: bool) -> dict[str, Any]:
@@ -39,11 +40,11 @@ def _of_masks(name: str, pattern: bool) -> dict[str, Any]:
     return {"criterion": "sparsegpt", "reconstruct": "block"} | spread
 
 
-def _of_cuts(name: str, units: tuple[str, ...]) -> dict[str, Any]:
+def _of_cuts(name: str, units: tuple[str, ...], chosen_blocks: bool) -> dict[str, Any]:
     if name == "fast":
         return {"criterion": "wanda", "propagate": "dense"}
     spans = {"hidden", "block"} & set(units)  # no weights are updated then
     fields: dict[str, Any] = {"criterion": "taylor"} | ({} if spans else {"removal": "sparsegpt"})
     if name == "balanced" or spans:
         return fields
-    return fields | {"reconstruct": "block", "allocation": "two-tier"}
+    return fields | {"reconstruct": "block"} | ({} if chosen_blocks else {"allocation": "two-tier"})
