@@ -14,6 +14,7 @@ import secateur
 from secateur.calibration import TokenWindows, fingerprint, open_windows
 from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD, write_manifest
+from secateur.checkpoint.placement import placement_for
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
@@ -25,12 +26,16 @@ from secateur.plans import MASKS_FILE, PLAN_FILE, load_plan
 from secateur.realise import MODELLING_FILE, check_inputs
 from secateur.report.card import recovered_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
-from secateur.resuming import Start, present_settings
-from secateur.run import Result, already_complete, finished, timed_run
+from secateur.resuming import Start, present_settings, source_digest
+from secateur.run import Result, already_complete, finished, stage, timed_run
 from secateur.runfolder import absolute, check_apart, finished_before
+from secateur.workers import alone
 
 if TYPE_CHECKING:
-    from secateur.recovery import LoraSettings
+    from secateur.recovery import RecoverySettings
+
+TRAINING = "training"
+"""The folder of checkpoints in a run's scratch."""
 
 DEFAULT_TRAINING_WINDOWS = 256
 
@@ -44,30 +49,34 @@ def recover_folder(
     data: str = "self",
     windows: int | None = None,
     window_length: int | None = None,
-    settings: LoraSettings | None = None,
+    settings: RecoverySettings | None = None,
     overwrite: bool = False,
     push_to_hub: str | None = None,
 ) -> Result:
-    """Train LoRA on ``spec``, merge, write to ``out``, and check it in a fresh process.
+    """Tune ``spec`` by ``settings.method``, merge, write to ``out``, and check it in a fresh process.
+
+    A run that died goes on in ``OUT.partial`` when the same is asked for again.
 
     Raises:
-        SecateurError: whatever the user can mend; nothing is left behind.
+        SecateurError: whatever the user can mend; nothing is left behind, except by too little memory or disk.
     """
-    from secateur.recovery import LoraSettings, block_linears, recover_model
+    from secateur.recovery import RecoverySettings, recover_model
 
-    settings, out = settings or LoraSettings(), absolute(out)
+    alone("recover")
+    settings, out = settings or RecoverySettings(), absolute(out)
+    method = settings.parsed_method()
     checkpoint = open_checkpoint(spec)
-    block_linears(checkpoint.skeleton.model)  # refused now, not after the text has been written
+    method.check(checkpoint.skeleton.model)  # refused now, not after the text has been written
     check_apart(out, checkpoint.folder, data)
     identity = {
         "command": "recover",
         "version": secateur.__version__,
+        "code": source_digest(),
         "model": checkpoint.content_hash,
         "data": [data, fingerprint(data), windows, window_length],
         "settings": settings.model_dump(mode="json"),
     }
-    # Training is not resumed: what an interrupted attempt left is of no use.
-    start = Start(identity, present_settings(settings.micro_batch), overwrite, goes_on=False)
+    start = Start(identity, present_settings(settings.micro_batch, placement_for("auto", torch.float32)), overwrite)
     if finished_before(out, start, overwrite):
         return already_complete(out, push_to_hub)
     with timed_run(out, overwrite, start) as (work, record):
@@ -77,8 +86,10 @@ def recover_folder(
         if masks:
             log.info("%d matrices are sparse; their zeros are kept through training and merging.", len(masks))
         model = load(checkpoint.folder)
-        training = recover_model(model, text.ids_NT, settings, masks or None)
-        _write(checkpoint, model, partial)
+        with stage("training"):
+            training = recover_model(model, text.ids_NT, settings, masks or None, folder=work.scratch / TRAINING)
+        with stage("writing"):
+            _write(checkpoint, model, partial)
         ids_BT = check_inputs(checkpoint)["input_ids"]
         with torch.no_grad():
             expected = model(input_ids=ids_BT, use_cache=False).logits.float()
@@ -87,14 +98,16 @@ def recover_folder(
         log.info("Checking the written model in a fresh process ...")
         # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
         remote = (partial / MODELLING_FILE).is_file()
-        record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
+        with stage("checking"):
+            record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
         recipe = checkpoint.folder / RECORD / "recipe.yaml"
-        write_card(partial, recovered_facts(record, recipe.read_text(encoding="utf-8") if recipe.is_file() else None))
+        given = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+        write_card(partial, recovered_facts(record, method.title, given))
     return finished(out, record, push_to_hub)
 
 
 def sparse_masks(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """For every prunable matrix that is sparse, where it is not zero; by full parameter name.
+    """For every prunable parameter that is sparse, where it is not zero, in its own layout; by full parameter name.
 
     Sparse is what the folder's plan masked, however little of it, and what holds at least ``SPARSE_FROM`` zeros.
     """
@@ -103,12 +116,11 @@ def sparse_masks(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for index in track(range(len(checkpoint.skeleton.blocks)), "Looking for masks"):
         prefix = checkpoint.skeleton.block_prefix(index)
         matrices = checkpoint.skeleton.prunable(index).values()
-        # Training changes no others: packed experts and transposed matrices keep their zeros by themselves.
-        trained = [prefix + m.parameter for m in matrices if m.expert is None and not m.transposed]
-        for name, weight_OI in checkpoint.read(trained).items():
-            kept_OI = weight_OI != 0
-            if name in planned or float(kept_OI.float().mean()) <= 1 - SPARSE_FROM:
-                masks[name] = kept_OI
+        masked = {prefix + matrix.parameter for matrix in matrices if prefix + matrix.name in planned}
+        for name, weight in checkpoint.read(dict.fromkeys(prefix + matrix.parameter for matrix in matrices)).items():
+            kept = weight != 0
+            if name in masked or float(kept.float().mean()) <= 1 - SPARSE_FROM:
+                masks[name] = kept
     return masks
 
 
