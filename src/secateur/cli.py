@@ -320,7 +320,8 @@ def recover(
     method: Annotated[
         str,
         typer.Option(
-            help="How: `lora` (low-rank updates, merged); `full` (all weights of the blocks). Options ride on the name. "
+            help="How: `lora` (low-rank updates, merged); `full` (all weights of the blocks); `distill` (the dense model as "
+            "teacher; `distill:student=full,temperature=2,hidden=1`); `spp` (what stays is scaled). Options ride on the name. "
             "Zeros stay zeros by each."
         ),
     ] = "lora",
@@ -331,7 +332,8 @@ def recover(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Windows in an optimiser step; smaller where there is little data. [default: 64]", show_default=False
+            help="Windows in an optimiser step; smaller where there is little data. [default: 64; spp 128]",
+            show_default=False,
         ),
     ] = None,
     micro_batch: Annotated[
@@ -339,17 +341,19 @@ def recover(
     ] = None,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate. [default: the method's; lora 1e-4, full 2e-5]", show_default=False),
+        typer.Option(
+            help="Peak learning rate. [default: the method's; lora 1e-4, full 2e-5, spp 4e-3]", show_default=False
+        ),
     ] = None,
     weight_decay: Annotated[
-        float | None, typer.Option(help="AdamW's, decoupled. [default: the method's; 0]", show_default=False)
+        float | None, typer.Option(help="AdamW's, decoupled. [default: 0; spp 0.001]", show_default=False)
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Rank of low-rank factors. [default: lora 8]", show_default=False)
+        int | None, typer.Option(help="Rank of low-rank factors. [default: lora 8, spp 16]", show_default=False)
     ] = None,
     alpha: Annotated[
         int | None,
-        typer.Option(help="They count alpha / rank times. [default: lora 16]", show_default=False),
+        typer.Option(help="They count alpha / rank times. [default: lora 16, spp 32]", show_default=False),
     ] = None,
     dropout: Annotated[
         float | None, typer.Option(help="Of what they are fed. [default: 0.05]", show_default=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 
 import secateur
 from secateur.calibration import TokenWindows, fingerprint, open_windows
+from secateur.calibration.tokenise import load_tokenizer
 from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD, write_manifest
 from secateur.checkpoint.placement import placement_for
@@ -19,7 +21,7 @@ from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
-from secateur.errors import PlanError, SecateurError
+from secateur.errors import CalibrationError, ModelError, PlanError, SecateurError
 from secateur.files import cache_folder, require_space
 from secateur.loading import load
 from secateur.plans import MASKS_FILE, PLAN_FILE, load_plan
@@ -60,7 +62,7 @@ def recover_folder(
     Raises:
         SecateurError: whatever the user can mend; nothing is left behind, except by too little memory or disk.
     """
-    from secateur.recovery import RecoverySettings, recover_model
+    from secateur.recovery import RecoverySettings, Teacher, recover_model
 
     alone("recover")
     settings, out = settings or RecoverySettings(), absolute(out)
@@ -68,6 +70,7 @@ def recover_folder(
     checkpoint = open_checkpoint(spec)
     method.check(checkpoint.skeleton.model)  # refused now, not after the text has been written
     check_apart(out, checkpoint.folder, data)
+    dense = find_teacher(checkpoint) if method.needs_teacher else None
     identity = {
         "command": "recover",
         "version": secateur.__version__,
@@ -75,6 +78,7 @@ def recover_folder(
         "model": checkpoint.content_hash,
         "data": [data, fingerprint(data), windows, window_length],
         "settings": settings.model_dump(mode="json"),
+        "teacher": dense.content_hash if dense is not None else None,
     }
     start = Start(identity, present_settings(settings.micro_batch, placement_for("auto", torch.float32)), overwrite)
     if finished_before(out, start, overwrite):
@@ -86,8 +90,11 @@ def recover_folder(
         if masks:
             log.info("%d matrices are sparse; their zeros are kept through training and merging.", len(masks))
         model = load(checkpoint.folder)
+        teacher = Teacher(load(dense.folder), _kept_blocks(checkpoint, dense)) if dense is not None else None
         with stage("training"):
-            training = recover_model(model, text.ids_NT, settings, masks or None, folder=work.scratch / TRAINING)
+            place = work.scratch / TRAINING
+            training = recover_model(model, text.ids_NT, settings, masks or None, folder=place, teacher=teacher)
+        del teacher
         with stage("writing"):
             _write(checkpoint, model, partial)
         ids_BT = check_inputs(checkpoint)["input_ids"]
@@ -139,6 +146,57 @@ def pruned_from(folder: Path) -> str | None:
         return str(record["model"]["spec"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def find_teacher(checkpoint: Checkpoint) -> Checkpoint:
+    """The dense model that ``checkpoint`` was pruned from, opened.
+
+    Raises:
+        ModelError: no record names it, it is not there or another by now, or it does not speak of the same tokens.
+    """
+    spec = pruned_from(checkpoint.folder)
+    if spec is None:
+        raise ModelError(
+            f"{checkpoint.folder} does not say which model it was pruned from, so there is no teacher; give a folder that "
+            "Secateur has pruned, or another --method"
+        )
+    try:
+        dense = open_checkpoint(spec)
+    except SecateurError as error:
+        raise ModelError(
+            f"the model that {checkpoint.folder} was pruned from ({spec}) is to be its teacher and cannot be opened: {error}"
+        ) from error
+    with suppress(PlanError):
+        if load_plan(checkpoint.folder).model.sha256 != dense.content_hash:
+            raise ModelError(
+                f"{spec} is not the model any more that {checkpoint.folder} was pruned from, so it cannot be its teacher; put that one back, "
+                "or give another --method"
+            )
+    sizes = [opened.config.get_text_config().vocab_size for opened in (checkpoint, dense)]
+    if sizes[0] != sizes[1] or _tokenizers_differ(checkpoint.folder, dense.folder):
+        raise ModelError(
+            f"{spec} and {checkpoint.folder} have different tokenizers, so the one cannot teach the other; give another --method"
+        )
+    return dense
+
+
+def _tokenizers_differ(*folders: Path) -> bool:
+    """Whether both have a tokenizer, and not the same words in it."""
+    words = []
+    for folder in folders:
+        with suppress(CalibrationError):
+            words.append(load_tokenizer(folder).get_vocab())
+    return len(words) == 2 and words[0] != words[1]
+
+
+def _kept_blocks(checkpoint: Checkpoint, dense: Checkpoint) -> list[int] | None:
+    """Which of the dense model's blocks the pruned one's are; None where its plan is not there."""
+    try:
+        plan = load_plan(checkpoint.folder)
+    except PlanError:
+        return None
+    gone = {unit for entry in plan.blocks for cut in entry.cuts if cut.kind == "block" for unit in cut.removed}
+    return [block for block in range(len(dense.skeleton.blocks)) if block not in gone]
 
 
 def _training_windows(

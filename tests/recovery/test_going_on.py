@@ -28,6 +28,7 @@ class Died(BaseException):
 METHODS = {
     "lora": {"method": "lora", "learning_rate": 1e-2},
     "full": {"method": "full", "weight_decay": 0.01, "learning_rate": 1e-2},
+    "spp": {"method": "spp", "learning_rate": 5e-2},
 }
 
 

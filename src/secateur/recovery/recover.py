@@ -25,6 +25,7 @@ from secateur.recovery.losses import held_out_loss
 from secateur.recovery.merging import replace_weights, rounded
 from secateur.recovery.methods import Task
 from secateur.recovery.settings import RecoveryLog, RecoverySettings, Schedule, schedule
+from secateur.recovery.teacher import Teacher
 
 
 def recover_model(
@@ -34,6 +35,7 @@ def recover_model(
     masks: Mapping[str, Tensor] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
     folder: Path | None = None,
+    teacher: Teacher | None = None,
 ) -> RecoveryLog:
     """Train a model by ``settings.method`` and fold what was learnt into its weights, in place.
 
@@ -49,6 +51,7 @@ def recover_model(
             parameter without a mask is trained, and merged, densely.
         on_step: called with (step, steps, loss) after every optimiser step.
         folder: where checkpoints go, so that the same call goes on after an interruption; None keeps nothing.
+        teacher: the dense model, for a method that needs one.
 
     Raises:
         CalibrationError: the windows are too few, too short or hold unknown tokens.
@@ -75,7 +78,7 @@ def recover_model(
         before = held_out_loss(
             model, held_out_NT, plan.micro_batch, "before recovery; look for NaN or Inf in its weights"
         )
-        task = Task(model, kept, dtypes, settings)
+        task = Task(model, kept, dtypes, settings, teacher)
         ordered_ST = train_NT[_order(len(train_NT), plan, settings.seed)]
         place = nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory()
         with place as name, method.student(task) as student:

@@ -2,10 +2,12 @@
 
 from secateur.options import parse_named
 from secateur.recovery.methods.base import Method, Student, Task
+from secateur.recovery.methods.distill import Distill
 from secateur.recovery.methods.full import Full
 from secateur.recovery.methods.lora import LoRA
+from secateur.recovery.methods.spp import SPP
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, Full)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, Full, Distill, SPP)}
 
 
 def method_from(text: str) -> Method:

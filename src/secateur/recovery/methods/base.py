@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from secateur.options import Named, Options
 from secateur.recovery.losses import next_token_loss
 from secateur.recovery.places import block_linears
+from secateur.recovery.teacher import Teacher
 
 if TYPE_CHECKING:
     from secateur.recovery.settings import RecoverySettings
@@ -31,12 +32,15 @@ class Task:
         masks: by parameter name, true where a weight is kept; of matrices that are sparse on purpose.
         dtypes: by parameter name, the dtype that a weight is rounded to in the end.
         settings: what the user asked for.
+        teacher: the dense model, for a method that ``needs_teacher``.
+        notes: what is worth telling, a sentence each.
     """
 
     model: Any
     masks: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype]
     settings: RecoverySettings
+    teacher: Teacher | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -78,10 +82,12 @@ class Method(Named, ABC):
 
     Attributes:
         title: what people call it.
+        needs_teacher: whether the dense model has to be there.
     """
 
     flag = "method"
     title: ClassVar[str]
+    needs_teacher: ClassVar[bool] = False
     options_type: ClassVar[type[Options]] = Options
 
     @abstractmethod
