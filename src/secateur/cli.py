@@ -321,7 +321,8 @@ def recover(
         str,
         typer.Option(
             help="How: `lora` (low-rank updates, merged); `full` (all weights of the blocks); `distill` (the dense model as "
-            "teacher; `distill:student=full,temperature=2,hidden=1`); `spp` (what stays is scaled). Options ride on the name. "
+            "teacher; `distill:student=full,temperature=2,hidden=1`); `spp` (what stays is scaled); "
+            "`lora-prune` (heads and channels leave on the way; `lora-prune:ratio=0.5`). Options ride on the name. "
             "Zeros stay zeros by each."
         ),
     ] = "lora",

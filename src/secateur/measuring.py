@@ -11,7 +11,7 @@ from secateur.console import log
 from secateur.errors import SecateurError
 from secateur.evaluation import Evaluation, evaluate
 from secateur.loading import load
-from secateur.recovering import pruned_from
+from secateur.origin import pruned_from
 
 
 def evaluate_models(

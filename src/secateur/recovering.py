@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,6 @@ import torch
 
 import secateur
 from secateur.calibration import TokenWindows, fingerprint, open_windows
-from secateur.calibration.tokenise import load_tokenizer
 from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD, write_manifest
 from secateur.checkpoint.placement import placement_for
@@ -21,16 +19,21 @@ from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
-from secateur.errors import CalibrationError, ModelError, PlanError, SecateurError
+from secateur.errors import PlanError, SecateurError
 from secateur.files import cache_folder, require_space
+from secateur.identities import calibration_identity, model_identity
 from secateur.loading import load
-from secateur.plans import MASKS_FILE, PLAN_FILE, load_plan
-from secateur.realise import MODELLING_FILE, check_inputs
+from secateur.origin import find_teacher, kept_blocks, pruned_from
+from secateur.plans import MASKS_FILE, PLAN_FILE, Plan, load_plan
+from secateur.realise import MODELLING_FILE, Realisation, check_inputs
+from secateur.recipe import Recipe
+from secateur.removal.decision import BlockDecision, Removals
 from secateur.report.card import recovered_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
 from secateur.resuming import Start, present_settings, source_digest
 from secateur.run import Result, already_complete, finished, stage, timed_run
-from secateur.runfolder import absolute, check_apart, finished_before
+from secateur.runfolder import Work, absolute, check_apart, finished_before
+from secateur.structure import Structure, find_all_units
 from secateur.workers import alone
 
 if TYPE_CHECKING:
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 TRAINING = "training"
 """The folder of checkpoints in a run's scratch."""
+WHOLE = "whole"
+"""And that of a tuned model out of which units are still to be cut."""
 
 DEFAULT_TRAINING_WINDOWS = 256
 
@@ -71,6 +76,8 @@ def recover_folder(
     method.check(checkpoint.skeleton.model)  # refused now, not after the text has been written
     check_apart(out, checkpoint.folder, data)
     dense = find_teacher(checkpoint) if method.needs_teacher else None
+    skeleton = checkpoint.skeleton
+    structure = find_all_units(skeleton.model, skeleton.blocks_name) if method.needs_units else None
     identity = {
         "command": "recover",
         "version": secateur.__version__,
@@ -90,27 +97,82 @@ def recover_folder(
         if masks:
             log.info("%d matrices are sparse; their zeros are kept through training and merging.", len(masks))
         model = load(checkpoint.folder)
-        teacher = Teacher(load(dense.folder), _kept_blocks(checkpoint, dense)) if dense is not None else None
+        teacher = Teacher(load(dense.folder), kept_blocks(checkpoint, dense)) if dense is not None else None
         with stage("training"):
-            place = work.scratch / TRAINING
-            training = recover_model(model, text.ids_NT, settings, masks or None, folder=place, teacher=teacher)
+            training = recover_model(
+                model,
+                text.ids_NT,
+                settings,
+                masks or None,
+                folder=work.scratch / TRAINING,
+                teacher=teacher,
+                structure=structure,
+            )
         del teacher
-        with stage("writing"):
-            _write(checkpoint, model, partial)
-        ids_BT = check_inputs(checkpoint)["input_ids"]
-        with torch.no_grad():
-            expected = model(input_ids=ids_BT, use_cache=False).logits.float()
-        _check_zeros(partial, masks)
-        _record(record, checkpoint, partial, text, training.to_json())
-        log.info("Checking the written model in a fresh process ...")
-        # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
-        remote = (partial / MODELLING_FILE).is_file()
-        with stage("checking"):
-            record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
+        if training.removed:
+            assert structure is not None
+            config = _write_cut(checkpoint, model, work, record, training.removed, structure, text)
+        else:
+            config = checkpoint.config
+            _write_whole(checkpoint, model, partial, record, masks)
+        _record(record, checkpoint, partial, text, training.to_json(), config)
         recipe = checkpoint.folder / RECORD / "recipe.yaml"
         given = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
         write_card(partial, recovered_facts(record, method.title, given))
     return finished(out, record, push_to_hub)
+
+
+def _write_whole(
+    checkpoint: Checkpoint, model: Any, partial: Path, record: dict[str, Any], masks: Mapping[str, torch.Tensor]
+) -> None:
+    """Write ``model`` in the shapes of ``checkpoint`` and check it."""
+    with stage("writing"):
+        _write(checkpoint, model, partial)
+    ids_BT = check_inputs(checkpoint)["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids=ids_BT, use_cache=False).logits.float()
+    _check_zeros(partial, masks)
+    log.info("Checking the written model in a fresh process ...")
+    # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
+    remote = (partial / MODELLING_FILE).is_file()
+    with stage("checking"):
+        record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
+
+
+def _write_cut(
+    checkpoint: Checkpoint,
+    model: Any,
+    work: Work,
+    record: dict[str, Any],
+    removed: list[tuple[int, str, str, list[int]]],
+    structure: Structure,
+    text: TokenWindows,
+) -> Any:
+    """Write ``model``, which still has its old shapes, without the units that left in training; returns the config.
+
+    It goes through a plan like any other cut: proved on a small instance, and checked after writing.
+    """
+    whole = work.scratch / WHOLE
+    shutil.rmtree(whole, ignore_errors=True)
+    (whole / RECORD).mkdir(parents=True)
+    _write(checkpoint, model, whole)
+    tuned = open_checkpoint(str(whole))
+    # No recipe led here: the plan carries the default one and is not kept; the record says what left.
+    recipe = Recipe(model=str(whole), unit=tuple(sorted({kind for _, kind, _, _ in removed})))
+    plan = Plan(model=model_identity(tuned), recipe=recipe, calibration=calibration_identity(text))
+    removals: dict[int, Removals] = {}
+    for block, kind, module, units in removed:
+        group = next(g for g in structure.of_block(block) if (g.kind, g.module) == (kind, module))
+        removals.setdefault(block, []).append((group, units))
+    for block, leaving in removals.items():
+        plan.add(block, BlockDecision(leaving))
+    realisation = Realisation(tuned, plan, structure)
+    realisation.announce()
+    with stage("writing"):
+        realisation.write(work.folder)
+    with stage("checking"):
+        record["logits_difference"] = realisation.verify(work.folder)
+    return realisation.output.config
 
 
 def sparse_masks(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -137,66 +199,6 @@ def _masked_by_plan(checkpoint: Checkpoint) -> set[str]:
     except PlanError:
         return set()
     return {checkpoint.skeleton.block_prefix(entry.block) + name for entry in plan.blocks for name in entry.masks}
-
-
-def pruned_from(folder: Path) -> str | None:
-    """The model that a pruned (or recovered) folder was made from, if its record says."""
-    try:
-        record = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))
-        return str(record["model"]["spec"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def find_teacher(checkpoint: Checkpoint) -> Checkpoint:
-    """The dense model that ``checkpoint`` was pruned from, opened.
-
-    Raises:
-        ModelError: no record names it, it is not there or another by now, or it does not speak of the same tokens.
-    """
-    spec = pruned_from(checkpoint.folder)
-    if spec is None:
-        raise ModelError(
-            f"{checkpoint.folder} does not say which model it was pruned from, so there is no teacher; give a folder that "
-            "Secateur has pruned, or another --method"
-        )
-    try:
-        dense = open_checkpoint(spec)
-    except SecateurError as error:
-        raise ModelError(
-            f"the model that {checkpoint.folder} was pruned from ({spec}) is to be its teacher and cannot be opened: {error}"
-        ) from error
-    with suppress(PlanError):
-        if load_plan(checkpoint.folder).model.sha256 != dense.content_hash:
-            raise ModelError(
-                f"{spec} is not the model any more that {checkpoint.folder} was pruned from, so it cannot be its teacher; put that one back, "
-                "or give another --method"
-            )
-    sizes = [opened.config.get_text_config().vocab_size for opened in (checkpoint, dense)]
-    if sizes[0] != sizes[1] or _tokenizers_differ(checkpoint.folder, dense.folder):
-        raise ModelError(
-            f"{spec} and {checkpoint.folder} have different tokenizers, so the one cannot teach the other; give another --method"
-        )
-    return dense
-
-
-def _tokenizers_differ(*folders: Path) -> bool:
-    """Whether both have a tokenizer, and not the same words in it."""
-    words = []
-    for folder in folders:
-        with suppress(CalibrationError):
-            words.append(load_tokenizer(folder).get_vocab())
-    return len(words) == 2 and words[0] != words[1]
-
-
-def _kept_blocks(checkpoint: Checkpoint, dense: Checkpoint) -> list[int] | None:
-    """Which of the dense model's blocks the pruned one's are; None where its plan is not there."""
-    try:
-        plan = load_plan(checkpoint.folder)
-    except PlanError:
-        return None
-    gone = {unit for entry in plan.blocks for cut in entry.cuts if cut.kind == "block" for unit in cut.removed}
-    return [block for block in range(len(dense.skeleton.blocks)) if block not in gone]
 
 
 def _training_windows(
@@ -265,7 +267,12 @@ def _check_zeros(folder: Path, masks: Mapping[str, torch.Tensor]) -> None:
 
 
 def _record(
-    record: dict[str, Any], checkpoint: Checkpoint, partial: Path, text: TokenWindows, training: dict[str, Any]
+    record: dict[str, Any],
+    checkpoint: Checkpoint,
+    partial: Path,
+    text: TokenWindows,
+    training: dict[str, Any],
+    config: Any,
 ) -> None:
     before, after = count_checkpoint(checkpoint), count_folder(partial)
     count, length = text.ids_NT.shape
@@ -287,5 +294,5 @@ def _record(
         "after": after.to_json(),
         "training": training,
         "uneven": (partial / MODELLING_FILE).is_file(),
-        "load": asdict(how_to_load(checkpoint.config)),
+        "load": asdict(how_to_load(config)),
     }

@@ -26,6 +26,7 @@ from secateur.recovery.merging import replace_weights, rounded
 from secateur.recovery.methods import Task
 from secateur.recovery.settings import RecoveryLog, RecoverySettings, Schedule, schedule
 from secateur.recovery.teacher import Teacher
+from secateur.structure import Structure
 
 
 def recover_model(
@@ -36,6 +37,7 @@ def recover_model(
     on_step: Callable[[int, int, float], None] | None = None,
     folder: Path | None = None,
     teacher: Teacher | None = None,
+    structure: Structure | None = None,
 ) -> RecoveryLog:
     """Train a model by ``settings.method`` and fold what was learnt into its weights, in place.
 
@@ -52,6 +54,8 @@ def recover_model(
         on_step: called with (step, steps, loss) after every optimiser step.
         folder: where checkpoints go, so that the same call goes on after an interruption; None keeps nothing.
         teacher: the dense model, for a method that needs one.
+        structure: the model's units, for a method that lets some leave. They are silenced here (what reads them is zeroed), and
+            ``RecoveryLog.removed`` names them, so that a caller can cut.
 
     Raises:
         CalibrationError: the windows are too few, too short or hold unknown tokens.
@@ -78,7 +82,7 @@ def recover_model(
         before = held_out_loss(
             model, held_out_NT, plan.micro_batch, "before recovery; look for NaN or Inf in its weights"
         )
-        task = Task(model, kept, dtypes, settings, teacher)
+        task = Task(model, kept, dtypes, settings, teacher, structure)
         ordered_ST = train_NT[_order(len(train_NT), plan, settings.seed)]
         place = nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory()
         with place as name, method.student(task) as student:
@@ -86,9 +90,12 @@ def recover_model(
                 log.info(note)
             trainable = sum(parameter.numel() for parameter in student.trained().values())
             trained = train(student, ordered_ST, held_out_NT, plan, settings, Path(name), on_step)
-            new = student.merged()
+            new, silenced = student.merged(), student.silenced()
+            removed = [(group.block, group.kind, group.module, units) for group, units in student.removed()]
         replaced = replace_weights(model, rounded(model, new, dtypes, kept))
         del new
+        for name, columns in silenced.items():
+            model.get_parameter(name).data[:, columns] = 0
         try:
             after = held_out_loss(model, held_out_NT, plan.micro_batch, "after recovery; lower the learning rate")
         except BaseException:
@@ -112,6 +119,7 @@ def recover_model(
         held_out_before=before,
         held_out_after=after,
         notes=task.notes,
+        removed=removed,
     )
 
 

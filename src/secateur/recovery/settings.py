@@ -133,6 +133,7 @@ class RecoveryLog:
             that came out (already rounded to their dtype; the arithmetic is float32); None without such windows.
         tokens: tokens seen in training.
         notes: what the method has to say, a sentence each.
+        removed: units that left: block, kind, module and numbers.
     """
 
     method: str
@@ -150,9 +151,11 @@ class RecoveryLog:
     held_out_before: float | None
     held_out_after: float | None
     notes: list[str]
+    removed: list[tuple[int, str, str, list[int]]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"looks": [list(look) for look in self.looks]}
+        lists = {"looks": [list(look) for look in self.looks], "removed": [list(units) for units in self.removed]}
+        return dataclasses.asdict(self) | lists
 
 
 def schedule(settings: RecoverySettings, windows: int) -> Schedule:

@@ -204,7 +204,7 @@ def _kept(trainer: _StudentTrainer, settings: RecoverySettings, folder: Path, st
     losses, looks = losses_in(state), looks_in(state)
     if stopped is not None:
         best = min(looks[1:], key=lambda look: look[1], default=None)
-        if best is None or best[1] >= looks[0][1]:
+        if best is None or best[1] >= looks[0][1] or student.finishes:
             raise SecateurError(
                 f"{stopped} of {state.max_steps}, so the model is left as it was; "
                 f"lower the learning rate (now {settings.learning_rate:g}) and run again"

@@ -5,9 +5,10 @@ from secateur.recovery.methods.base import Method, Student, Task
 from secateur.recovery.methods.distill import Distill
 from secateur.recovery.methods.full import Full
 from secateur.recovery.methods.lora import LoRA
+from secateur.recovery.methods.lora_prune import LoRAPrune
 from secateur.recovery.methods.spp import SPP
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, Full, Distill, SPP)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LoRA, Full, Distill, SPP, LoRAPrune)}
 
 
 def method_from(text: str) -> Method:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from secateur.options import Named, Options
 from secateur.recovery.losses import next_token_loss
-from secateur.recovery.places import block_linears
+from secateur.recovery.places import block_linears, blocks_of
 from secateur.recovery.teacher import Teacher
+from secateur.structure import Structure, UnitGroup
 
 if TYPE_CHECKING:
     from secateur.recovery.settings import RecoverySettings
@@ -33,6 +34,7 @@ class Task:
         dtypes: by parameter name, the dtype that a weight is rounded to in the end.
         settings: what the user asked for.
         teacher: the dense model, for a method that ``needs_teacher``.
+        structure: the model's units, for a method that ``needs_units``.
         notes: what is worth telling, a sentence each.
     """
 
@@ -41,11 +43,23 @@ class Task:
     dtypes: Mapping[str, torch.dtype]
     settings: RecoverySettings
     teacher: Teacher | None = None
+    structure: Structure | None = None
     notes: list[str] = field(default_factory=list)
+
+    def blocks_name(self) -> str:
+        """The qualified name of the decoder blocks, for example ``model.layers``."""
+        blocks = blocks_of(self.model)
+        return next(name for name, module in self.model.named_modules() if module is blocks)
 
 
 class Student(nn.Module):
-    """A model under training, as the loss that is to go down: ``forward(ids_BT)`` is a scalar, a mean over tokens."""
+    """A model under training, as the loss that is to go down: ``forward(ids_BT)`` is a scalar, a mean over tokens.
+
+    Attributes:
+        finishes: only the last step's state is a result.
+    """
+
+    finishes: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -76,6 +90,14 @@ class Student(nn.Module):
         """The new float32 values of everything that changed, by the plain model's parameter names."""
         raise NotImplementedError
 
+    def removed(self) -> list[tuple[UnitGroup, list[int]]]:
+        """Units that have left and are still to be cut."""
+        return []
+
+    def silenced(self) -> dict[str, Tensor]:
+        """By the plain model's parameter names, the inputs (numbers of columns) that removed units gave."""
+        return {}
+
 
 class Method(Named, ABC):
     """How a model is recovered.
@@ -83,11 +105,13 @@ class Method(Named, ABC):
     Attributes:
         title: what people call it.
         needs_teacher: whether the dense model has to be there.
+        needs_units: whether the model's units have to be known, some of which will leave.
     """
 
     flag = "method"
     title: ClassVar[str]
     needs_teacher: ClassVar[bool] = False
+    needs_units: ClassVar[bool] = False
     options_type: ClassVar[type[Options]] = Options
 
     @abstractmethod
