@@ -100,11 +100,14 @@ def recover(
     push_to_hub: str | None = None,
     **settings: Any,
 ) -> Result:
-    """Tune a pruned model with LoRA, merge, and save it to ``out``; ``settings`` are fields of ``LoraSettings``."""
-    from secateur.recovering import recover_folder
-    from secateur.recovery import lora_settings
+    """Tune a pruned model, merge, and save it to ``out``; ``settings`` are fields of ``secateur.recovery.RecoverySettings``.
 
-    chosen = lora_settings(**settings)
+    The default method is LoRA; ``method="full"`` and others are in ``secateur.recovery.METHODS``.
+    """
+    from secateur.recovering import recover_folder
+    from secateur.recovery import recovery_settings
+
+    chosen = recovery_settings(**settings)
     return recover_folder(str(model), Path(out), data, windows, window_length, chosen, overwrite, push_to_hub)
 
 

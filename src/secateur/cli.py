@@ -355,30 +355,79 @@ def recover(
     window_length: Annotated[
         int | None, typer.Option(help="Tokens in a window. [default: 256]", show_default=False)
     ] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the windows.")] = 2.0,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="How: `lora` (low-rank updates, merged); `full` (all weights of the blocks); `distill` (the dense model as "
+            "teacher; `distill:student=full,temperature=2,hidden=1`); `spp` (what stays is scaled); "
+            "`lora-prune` (heads and channels leave on the way; `lora-prune:ratio=0.5`). Options ride on the name. "
+            "Zeros stay zeros by each."
+        ),
+    ] = "lora",
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the windows. [default: 2]", show_default=False)
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps; overrides --epochs.", show_default=False)] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Windows in an optimiser step; smaller where there is little data.")
-    ] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-4,
-    rank: Annotated[int, typer.Option(help="LoRA rank.")] = 8,
-    alpha: Annotated[int, typer.Option(help="LoRA alpha.")] = 16,
-    dropout: Annotated[float, typer.Option(help="LoRA dropout.")] = 0.05,
+        int | None,
+        typer.Option(
+            help="Windows in an optimiser step; smaller where there is little data. [default: 64; spp 128]",
+            show_default=False,
+        ),
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Windows in memory at once. [default: 4]", show_default=False)
+    ] = None,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate. [default: the method's; lora 1e-4, full 2e-5, spp 4e-3]", show_default=False
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(help="AdamW's, decoupled. [default: 0; spp 0.001]", show_default=False)
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Rank of low-rank factors. [default: lora 8, spp 16]", show_default=False)
+    ] = None,
+    alpha: Annotated[
+        int | None,
+        typer.Option(help="They count alpha / rank times. [default: lora 16, spp 32]", show_default=False),
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Of what they are fed. [default: 0.05]", show_default=False)
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(help="Windows kept out to measure on. [default: a twentieth, at least one]", show_default=False),
+    ] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many looks (ten a run) at the held-out windows without getting better, and keep the best state. "
+            "[default: train to the end, keep the last]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     overwrite: OverwriteOption = False,
     push_to_hub: PushOption = None,
     as_json: JsonOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Train LoRA adapters on a pruned model, merge them, and save it the same way; zeros stay zeros."""
+    """Tune a pruned model, fold what was learnt into its weights, and save it the same way; zeros stay zeros.
+
+    A run that dies goes on when the same command is given again.
+    """
     _begin(verbose)
     from secateur.recovering import recover_folder
-    from secateur.recovery import lora_settings
+    from secateur.recovery import recovery_settings
     from secateur.report.tables import recovery_table
 
-    settings = lora_settings(
-        rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate, batch_size=batch_size,
-        epochs=epochs, steps=steps, seed=seed,
+    settings = recovery_settings(
+        method=method, rank=rank, alpha=alpha, dropout=dropout, learning_rate=learning_rate, weight_decay=weight_decay,
+        batch_size=batch_size, micro_batch=micro_batch, epochs=epochs, steps=steps, held_out=held_out, patience=patience,
+        seed=seed,
     )  # fmt: skip
     result = recover_folder(model, out, data, windows, window_length, settings, overwrite, push_to_hub)
     if as_json:

@@ -20,7 +20,7 @@ from secateur.inspection import inspect_model
 from secateur.loading import load
 from secateur.recipe import recipe_from
 from secateur.recovering import recover_folder
-from secateur.recovery import LoraSettings
+from secateur.recovery import RecoverySettings
 from secateur.resuming import present_settings, read_start, source_digest
 from secateur.run import prune
 from secateur.runfolder import RUN_FILE, absolute, partial_of
@@ -63,7 +63,7 @@ def run_demo(out: Path, quick: bool = False) -> None:
     )
     pruned = prune(recipe, out / "pruned", overwrite=_stale(out / "pruned"))
     log.info("[3/5] Recovering: LoRA for %d short steps, merged afterwards.", size.steps)
-    settings = LoraSettings(steps=size.steps, batch_size=8, micro_batch=8, learning_rate=1e-3, held_out=4)
+    settings = RecoverySettings(steps=size.steps, batch_size=8, micro_batch=8, learning_rate=1e-3, held_out=4)
     recovered = recover_folder(
         str(out / "pruned"), out / "recovered", "self", size.training, size.length, settings, _stale(out / "recovered")
     )

@@ -12,7 +12,7 @@ from secateur.errors import SecateurError
 from secateur.evaluation import Evaluation, evaluate
 from secateur.evaluation.tasks import TaskEvaluation, evaluate_tasks
 from secateur.loading import load
-from secateur.recovering import pruned_from
+from secateur.origin import pruned_from
 
 
 def evaluate_models(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,23 +14,35 @@ import secateur
 from secateur.calibration import TokenWindows, fingerprint, open_windows
 from secateur.checkpoint.architecture import how_to_load
 from secateur.checkpoint.manifest import RECORD, write_manifest
+from secateur.checkpoint.placement import placement_for
 from secateur.checkpoint.reader import Checkpoint, open_checkpoint
 from secateur.checkpoint.verify import compare_logits, fresh_logits
 from secateur.checkpoint.writer import ShardWriter, TensorSpec, copy_companions
 from secateur.console import log, track
 from secateur.errors import PlanError, SecateurError
 from secateur.files import cache_folder, require_space
+from secateur.identities import calibration_identity, model_identity
 from secateur.loading import load
-from secateur.plans import MASKS_FILE, PLAN_FILE, load_plan
-from secateur.realise import MODELLING_FILE, check_inputs
+from secateur.origin import find_teacher, kept_blocks, pruned_from
+from secateur.plans import MASKS_FILE, PLAN_FILE, Plan, load_plan
+from secateur.realise import MODELLING_FILE, Realisation, check_inputs
+from secateur.recipe import Recipe
+from secateur.removal.decision import BlockDecision, Removals
 from secateur.report.card import recovered_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
-from secateur.resuming import Start, present_settings
-from secateur.run import Result, already_complete, finished, timed_run
-from secateur.runfolder import absolute, check_apart, finished_before
+from secateur.resuming import Start, present_settings, source_digest
+from secateur.run import Result, already_complete, finished, stage, timed_run
+from secateur.runfolder import Work, absolute, check_apart, finished_before
+from secateur.structure import Structure, find_all_units
+from secateur.workers import alone
 
 if TYPE_CHECKING:
-    from secateur.recovery import LoraSettings
+    from secateur.recovery import RecoverySettings
+
+TRAINING = "training"
+"""The folder of checkpoints in a run's scratch."""
+WHOLE = "whole"
+"""And that of a tuned model out of which units are still to be cut."""
 
 DEFAULT_TRAINING_WINDOWS = 256
 
@@ -44,30 +56,38 @@ def recover_folder(
     data: str = "self",
     windows: int | None = None,
     window_length: int | None = None,
-    settings: LoraSettings | None = None,
+    settings: RecoverySettings | None = None,
     overwrite: bool = False,
     push_to_hub: str | None = None,
 ) -> Result:
-    """Train LoRA on ``spec``, merge, write to ``out``, and check it in a fresh process.
+    """Tune ``spec`` by ``settings.method``, merge, write to ``out``, and check it in a fresh process.
+
+    A run that died goes on in ``OUT.partial`` when the same is asked for again.
 
     Raises:
-        SecateurError: whatever the user can mend; nothing is left behind.
+        SecateurError: whatever the user can mend; nothing is left behind, except by too little memory or disk.
     """
-    from secateur.recovery import LoraSettings, block_linears, recover_model
+    from secateur.recovery import RecoverySettings, Teacher, recover_model
 
-    settings, out = settings or LoraSettings(), absolute(out)
+    alone("recover")
+    settings, out = settings or RecoverySettings(), absolute(out)
+    method = settings.parsed_method()
     checkpoint = open_checkpoint(spec)
-    block_linears(checkpoint.skeleton.model)  # refused now, not after the text has been written
+    method.check(checkpoint.skeleton.model)  # refused now, not after the text has been written
     check_apart(out, checkpoint.folder, data)
+    dense = find_teacher(checkpoint) if method.needs_teacher else None
+    skeleton = checkpoint.skeleton
+    structure = find_all_units(skeleton.model, skeleton.blocks_name) if method.needs_units else None
     identity = {
         "command": "recover",
         "version": secateur.__version__,
+        "code": source_digest(),
         "model": checkpoint.content_hash,
         "data": [data, fingerprint(data), windows, window_length],
         "settings": settings.model_dump(mode="json"),
+        "teacher": dense.content_hash if dense is not None else None,
     }
-    # Training is not resumed: what an interrupted attempt left is of no use.
-    start = Start(identity, present_settings(settings.micro_batch), overwrite, goes_on=False)
+    start = Start(identity, present_settings(settings.micro_batch, placement_for("auto", torch.float32)), overwrite)
     if finished_before(out, start, overwrite):
         return already_complete(out, push_to_hub)
     with timed_run(out, overwrite, start) as (work, record):
@@ -77,24 +97,86 @@ def recover_folder(
         if masks:
             log.info("%d matrices are sparse; their zeros are kept through training and merging.", len(masks))
         model = load(checkpoint.folder)
-        training = recover_model(model, text.ids_NT, settings, masks or None)
-        _write(checkpoint, model, partial)
-        ids_BT = check_inputs(checkpoint)["input_ids"]
-        with torch.no_grad():
-            expected = model(input_ids=ids_BT, use_cache=False).logits.float()
-        _check_zeros(partial, masks)
-        _record(record, checkpoint, partial, text, training.to_json())
-        log.info("Checking the written model in a fresh process ...")
-        # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
-        remote = (partial / MODELLING_FILE).is_file()
-        record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
+        teacher = Teacher(load(dense.folder), kept_blocks(checkpoint, dense)) if dense is not None else None
+        with stage("training"):
+            training = recover_model(
+                model,
+                text.ids_NT,
+                settings,
+                masks or None,
+                folder=work.scratch / TRAINING,
+                teacher=teacher,
+                structure=structure,
+            )
+        del teacher
+        if training.removed:
+            assert structure is not None
+            config = _write_cut(checkpoint, model, work, record, training.removed, structure, text)
+        else:
+            config = checkpoint.config
+            _write_whole(checkpoint, model, partial, record, masks)
+        _record(record, checkpoint, partial, text, training.to_json(), config)
         recipe = checkpoint.folder / RECORD / "recipe.yaml"
-        write_card(partial, recovered_facts(record, recipe.read_text(encoding="utf-8") if recipe.is_file() else None))
+        given = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
+        write_card(partial, recovered_facts(record, method.title, given))
     return finished(out, record, push_to_hub)
 
 
+def _write_whole(
+    checkpoint: Checkpoint, model: Any, partial: Path, record: dict[str, Any], masks: Mapping[str, torch.Tensor]
+) -> None:
+    """Write ``model`` in the shapes of ``checkpoint`` and check it."""
+    with stage("writing"):
+        _write(checkpoint, model, partial)
+    ids_BT = check_inputs(checkpoint)["input_ids"]
+    with torch.no_grad():
+        expected = model(input_ids=ids_BT, use_cache=False).logits.float()
+    _check_zeros(partial, masks)
+    log.info("Checking the written model in a fresh process ...")
+    # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
+    remote = (partial / MODELLING_FILE).is_file()
+    with stage("checking"):
+        record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))
+
+
+def _write_cut(
+    checkpoint: Checkpoint,
+    model: Any,
+    work: Work,
+    record: dict[str, Any],
+    removed: list[tuple[int, str, str, list[int]]],
+    structure: Structure,
+    text: TokenWindows,
+) -> Any:
+    """Write ``model``, which still has its old shapes, without the units that left in training; returns the config.
+
+    It goes through a plan like any other cut: proved on a small instance, and checked after writing.
+    """
+    whole = work.scratch / WHOLE
+    shutil.rmtree(whole, ignore_errors=True)
+    (whole / RECORD).mkdir(parents=True)
+    _write(checkpoint, model, whole)
+    tuned = open_checkpoint(str(whole))
+    # No recipe led here: the plan carries the default one and is not kept; the record says what left.
+    recipe = Recipe(model=str(whole), unit=tuple(sorted({kind for _, kind, _, _ in removed})))
+    plan = Plan(model=model_identity(tuned), recipe=recipe, calibration=calibration_identity(text))
+    removals: dict[int, Removals] = {}
+    for block, kind, module, units in removed:
+        group = next(g for g in structure.of_block(block) if (g.kind, g.module) == (kind, module))
+        removals.setdefault(block, []).append((group, units))
+    for block, leaving in removals.items():
+        plan.add(block, BlockDecision(leaving))
+    realisation = Realisation(tuned, plan, structure)
+    realisation.announce()
+    with stage("writing"):
+        realisation.write(work.folder)
+    with stage("checking"):
+        record["logits_difference"] = realisation.verify(work.folder)
+    return realisation.output.config
+
+
 def sparse_masks(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """For every prunable matrix that is sparse, where it is not zero; by full parameter name.
+    """For every prunable parameter that is sparse, where it is not zero, in its own layout; by full parameter name.
 
     Sparse is what the folder's plan masked, however little of it, and what holds at least ``SPARSE_FROM`` zeros.
     """
@@ -103,12 +185,11 @@ def sparse_masks(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     for index in track(range(len(checkpoint.skeleton.blocks)), "Looking for masks"):
         prefix = checkpoint.skeleton.block_prefix(index)
         matrices = checkpoint.skeleton.prunable(index).values()
-        # Training changes no others: packed experts and transposed matrices keep their zeros by themselves.
-        trained = [prefix + m.parameter for m in matrices if m.expert is None and not m.transposed]
-        for name, weight_OI in checkpoint.read(trained).items():
-            kept_OI = weight_OI != 0
-            if name in planned or float(kept_OI.float().mean()) <= 1 - SPARSE_FROM:
-                masks[name] = kept_OI
+        masked = {prefix + matrix.parameter for matrix in matrices if prefix + matrix.name in planned}
+        for name, weight in checkpoint.read(dict.fromkeys(prefix + matrix.parameter for matrix in matrices)).items():
+            kept = weight != 0
+            if name in masked or float(kept.float().mean()) <= 1 - SPARSE_FROM:
+                masks[name] = kept
     return masks
 
 
@@ -118,15 +199,6 @@ def _masked_by_plan(checkpoint: Checkpoint) -> set[str]:
     except PlanError:
         return set()
     return {checkpoint.skeleton.block_prefix(entry.block) + name for entry in plan.blocks for name in entry.masks}
-
-
-def pruned_from(folder: Path) -> str | None:
-    """The model that a pruned (or recovered) folder was made from, if its record says."""
-    try:
-        record = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))
-        return str(record["model"]["spec"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _training_windows(
@@ -195,7 +267,12 @@ def _check_zeros(folder: Path, masks: Mapping[str, torch.Tensor]) -> None:
 
 
 def _record(
-    record: dict[str, Any], checkpoint: Checkpoint, partial: Path, text: TokenWindows, training: dict[str, Any]
+    record: dict[str, Any],
+    checkpoint: Checkpoint,
+    partial: Path,
+    text: TokenWindows,
+    training: dict[str, Any],
+    config: Any,
 ) -> None:
     before, after = count_checkpoint(checkpoint), count_folder(partial)
     count, length = text.ids_NT.shape
@@ -217,5 +294,5 @@ def _record(
         "after": after.to_json(),
         "training": training,
         "uneven": (partial / MODELLING_FILE).is_file(),
-        "load": asdict(how_to_load(checkpoint.config)),
+        "load": asdict(how_to_load(config)),
     }

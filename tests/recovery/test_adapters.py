@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur.errors import SecateurError
-from secateur.recovery.adapters import MaskedLoraLinear, _MaskedLinear, adapted, merge
-from secateur.recovery.lora import block_linears
+from secateur.recovery.adapters import MaskedLoraLinear, _MaskedLinear, adapted, merged
+from secateur.recovery.merging import replace_weights, rounded
+from secateur.recovery.places import block_linears
 
 
 def tiny_llama() -> LlamaForCausalLM:
@@ -30,7 +31,7 @@ def tiny_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def masked(model: nn.Module) -> dict[str, torch.Tensor]:
+def masked_half(model: nn.Module) -> dict[str, torch.Tensor]:
     masks = {f"{name}.weight": torch.rand(layer.weight.shape) < 0.5 for name, layer in block_linears(model).items()}
     for name, mask_OI in masks.items():
         model.get_parameter(name).data[~mask_OI] = 0.0
@@ -52,13 +53,14 @@ def kept_in(dtype: torch.dtype, model: nn.Module) -> dict[str, torch.dtype]:
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "masked"])
 def test_the_merged_model_is_the_trained_function(sparse):
     model, ids_NT = tiny_llama(), torch.arange(40).view(2, 20)
-    masks = masked(model) if sparse else {}
+    masks = masked_half(model) if sparse else {}
     before, dtypes = model(ids_NT).logits.detach(), kept_in(torch.float32, model)
     with adapted(model, block_linears(model), masks, rank=4, alpha=8, dropout=0.5) as wrapped:
         disturb(wrapped)
         assert sum(isinstance(layer, MaskedLoraLinear) for layer in wrapped.modules()) == len(masks)
         unmerged = wrapped.eval()(ids_NT).logits.detach()
-        merge(wrapped, dtypes)
+        new = merged(wrapped)
+    replace_weights(model, rounded(model, new, dtypes, masks))
     after = model(ids_NT).logits.detach()
     assert (after - before).abs().max() > 0.01
     torch.testing.assert_close(after, unmerged, atol=0 if sparse else 1e-5, rtol=0)
@@ -102,7 +104,8 @@ def test_without_masks_the_merge_is_pefts_own():
     torch.manual_seed(1)
     with adapted(ours, block_linears(ours), {}, rank=4, alpha=8, dropout=0.0) as wrapped:
         disturb(wrapped)
-        merge(wrapped, {f"{name}.weight": torch.float32 for name in names})
+        new = merged(wrapped)
+    replace_weights(ours, rounded(ours, new, {f"{name}.weight": torch.float32 for name in names}, {}))
     torch.manual_seed(1)
     other = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules=names))
     disturb(other)
@@ -113,15 +116,16 @@ def test_without_masks_the_merge_is_pefts_own():
 
 def test_a_merge_that_would_break_the_mask_or_overflow_changes_nothing(monkeypatch):
     model = tiny_llama()
-    masks = masked(model)
+    masks = masked_half(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with adapted(model, block_linears(model), masks, rank=4, alpha=8, dropout=0.0) as wrapped:
         disturb(wrapped)
         with monkeypatch.context() as patch:
             patch.setattr(MaskedLoraLinear, "get_delta_weight", lambda self, _: torch.ones_like(self.weight))
             with pytest.raises(SecateurError, match="revive pruned weights"):
-                merge(wrapped, dict.fromkeys(masks, torch.float32))
+                rounded(model, merged(wrapped), dict.fromkeys(masks, torch.float32), masks)
         wrapped.get_parameter("base_model.model.model.layers.1.mlp.up_proj.lora_B.default.weight").data[:] = 1e6
-        with pytest.raises(SecateurError, match="overflow"):
-            merge(wrapped, dict.fromkeys(masks, torch.float16))
+        new = merged(wrapped)
+    with pytest.raises(SecateurError, match="overflow"):
+        rounded(model, new, dict.fromkeys(masks, torch.float16), masks)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -294,7 +294,9 @@ def test_a_bad_recipe_leaves_nothing_of_a_resumed_run_but_full_memory_does(
         assert (tmp_path / "out.partial").exists() == stays
 
 
-def test_recover_starts_over_and_leaves_no_state(llama_folder, windows_file, tmp_path, monkeypatch, same_process):
+def test_an_interrupted_recovery_is_refused_to_another_and_leaves_no_state(
+    llama_folder, windows_file, tmp_path, monkeypatch, same_process
+):
     from secateur import recovering
 
     secateur.prune(str(llama_folder), tmp_path / "cut", unit="channel", criterion="magnitude")
@@ -302,9 +304,12 @@ def test_recover_starts_over_and_leaves_no_state(llama_folder, windows_file, tmp
     with dying_at(monkeypatch, recovering, "write_manifest", 1, Died()):
         secateur.recover(tmp_path / "cut", tmp_path / "tuned", **fields)
     (tmp_path / "tuned.partial" / "secateur" / "stale").touch()
-    result = secateur.recover(tmp_path / "cut", tmp_path / "tuned", data=str(windows_file), steps=3)
-    assert len(result.record["attempts"]) == 1
+    with pytest.raises(OutputError, match="steps 2, and this one says 3"):
+        secateur.recover(tmp_path / "cut", tmp_path / "tuned", data=str(windows_file), steps=3)
+    result = secateur.recover(tmp_path / "cut", tmp_path / "tuned", **fields)
+    assert len(result.record["attempts"]) == 2
     assert not (tmp_path / "tuned" / "secateur" / "stale").exists()
+    assert not (tmp_path / "tuned" / "scratch").exists()
     assert not (tmp_path / "tuned.partial").exists()
 
 

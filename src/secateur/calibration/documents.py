@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from secateur.calibration.instructions import are_instructions, instruction_text
 from secateur.errors import CalibrationError
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -43,7 +44,7 @@ def text_document(path: Path, most_characters: int | None) -> Iterator[str]:
         raise CalibrationError(f"{path} cannot be read: {error.strerror}; name a readable file") from error
 
 
-def row_documents(path: Path, column: str | None) -> Iterator[str]:
+def row_documents(path: Path, column: str | None, ending: str = "") -> Iterator[str]:
     """The text of every row of a JSON Lines, JSON or Parquet file.
 
     Raises:
@@ -51,29 +52,39 @@ def row_documents(path: Path, column: str | None) -> Iterator[str]:
     """
     try:
         if path.suffix.lower() == ".parquet":
-            yield from _parquet_documents(path, column)
+            yield from _parquet_documents(path, column, ending)
         elif path.suffix.lower() == ".json":
-            yield from texts_of(_json_rows(path), column, str(path), f"{path}:COLUMN")
+            yield from texts_of(_json_rows(path), column, str(path), f"{path}:COLUMN", ending)
         else:
-            yield from texts_of(_json_lines(path), column, str(path), f"{path}:COLUMN")
+            yield from texts_of(_json_lines(path), column, str(path), f"{path}:COLUMN", ending)
     except UnicodeDecodeError as error:
         raise _not_utf8(path, error) from error
     except OSError as error:
         raise CalibrationError(f"{path} cannot be read: {error.strerror or error}; name a readable file") from error
 
 
-def texts_of(rows: Iterable[dict[str, Any]], column: str | None, where: str, form: str) -> Iterator[str]:
+def texts_of(
+    rows: Iterable[dict[str, Any]], column: str | None, where: str, form: str, ending: str = ""
+) -> Iterator[str]:
     """One column of ``rows``: ``column``, else "text", else the only one that holds strings; nulls are passed over.
 
+    Rows with an instruction and an output, where no column is named and none is called "text", are instructions.
+
     Args:
+        ending: what stands behind every answer to an instruction.
         where: what the rows came from, for errors.
         form: how to name a column of it, for errors.
 
     Raises:
         CalibrationError: there is no such column, several could be meant, or a row's is not a string.
     """
-    name = ""
+    name, instructions = "", False
     for number, row in enumerate(rows, start=1):
+        if number == 1 and column is None:
+            instructions = are_instructions(row)
+        if instructions:
+            yield instruction_text(row, f"row {number} of {where}") + ending
+            continue
         if number == 1:
             strings = [key for key, value in row.items() if isinstance(value, str)]
             name = choose_column(list(row), strings, column, where, form)
@@ -112,7 +123,7 @@ def choose_column(names: list[str], strings: list[str], column: str | None, wher
     )
 
 
-def hub_documents(name: str, config: str | None, split: str, column: str | None) -> Iterator[str]:
+def hub_documents(name: str, config: str | None, split: str, column: str | None, ending: str = "") -> Iterator[str]:
     """The text of every row of a dataset on the hub, or in a local folder, downloaded only as far as it is read.
 
     Raises:
@@ -132,7 +143,7 @@ def hub_documents(name: str, config: str | None, split: str, column: str | None)
     datasets.disable_progress_bars()
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=stream)
-        yield from texts_of(rows, column, f"split '{split}' of {where}", "hub:NAME:CONFIG:SPLIT:COLUMN")
+        yield from texts_of(rows, column, f"split '{split}' of {where}", "hub:NAME:CONFIG:SPLIT:COLUMN", ending)
     except CalibrationError:
         raise
     except Exception as error:  # datasets lets out whatever its readers, the network and the hub raise
@@ -182,7 +193,7 @@ def _row(row: Any, path: Path, number: int) -> dict[str, Any]:
     )
 
 
-def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
+def _parquet_documents(path: Path, column: str | None, ending: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -190,9 +201,14 @@ def _parquet_documents(path: Path, column: str | None) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             strings = [field.name for field in schema if _is_text(field.type)]
-            name = choose_column(schema.names, strings, column, str(path), f"{path}:COLUMN")
-            for batch in file.iter_batches(batch_size=1024, columns=[name]):
-                yield from texts_of(batch.to_pylist(), name, str(path), f"{path}:COLUMN")
+            if column is None and are_instructions(schema.names):
+                wanted = [name for name in ("instruction", "input", "output") if name in schema.names]
+            else:
+                column = choose_column(schema.names, strings, column, str(path), f"{path}:COLUMN")
+                wanted = [column]
+            batches = file.iter_batches(batch_size=1024, columns=wanted)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from texts_of(rows, column, str(path), f"{path}:COLUMN", ending)
     except pyarrow.ArrowException as error:
         reason = str(error).splitlines()[0].rstrip(".")
         raise CalibrationError(f"{path} is not a readable Parquet file ({reason}); write it again") from error

@@ -3,7 +3,8 @@
 * ``self``: windows the model writes itself; the default, since it needs neither data nor a tokenizer.
 * ``python-docs``: the English text that Python itself carries.
 * ``FILE.txt``, ``FILE.md``: one text.
-* ``FILE.jsonl``, ``FILE.json``, ``FILE.parquet``, each with ``:COLUMN`` behind it on request: one text a row.
+* ``FILE.jsonl``, ``FILE.json``, ``FILE.parquet``, each with ``:COLUMN`` behind it on request: one text a row; or, without
+  a column and with rows of ``instruction``, ``input`` and ``output``, the published prompt with its answer and the model's own end token.
 * ``FILE.safetensors``: token ids ``input_ids`` of shape (N, T), used as they are.
 * ``hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]``: a dataset on the hub or in a local folder; parts may be left empty.
 
@@ -57,15 +58,15 @@ class _Source:
     parts: tuple[str, str | None, str] = ("", None, "")
     column: str | None = None
 
-    def documents(self, most_characters: int | None) -> Iterator[str]:
-        """The texts, one by one."""
+    def documents(self, most_characters: int | None, ending: str = "") -> Iterator[str]:
+        """The texts, one by one; ``ending`` stands behind every answer to an instruction."""
         if self.kind == "python-docs":
             return python_documents()
         if self.kind == "text":
             return text_document(self.path, most_characters)
         if self.kind == "rows":
-            return row_documents(self.path, self.column)
-        return hub_documents(*self.parts, self.column)
+            return row_documents(self.path, self.column, ending)
+        return hub_documents(*self.parts, self.column, ending)
 
     def named(self) -> str:
         """The source as it is described to people; for the hub with the split that was taken."""
@@ -258,7 +259,8 @@ def _cut_text(
     most_characters = None if enough is None else max(MOST_CHARACTERS, 32 * enough)
     # Only a dataset on the hub is worth counting tokens for while it is read: every document is a download.
     most_tokens = enough if named.kind == "hub" else None
-    text = join_enough(tokenizer, named.documents(most_characters), most_tokens, most_characters)
+    documents = named.documents(most_characters, tokenizer.eos_token or "")
+    text = join_enough(tokenizer, documents, most_tokens, most_characters)
     if not text.strip():
         raise CalibrationError(f"{named.given} holds no text; name one with at least a few thousand words")
     ids = tokenise(tokenizer, text)

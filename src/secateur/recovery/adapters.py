@@ -18,8 +18,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from secateur.errors import SecateurError
-
 
 class _MaskedLinear(torch.autograd.Function):
     """``y = F.linear(x, W + M * s(B A), bias)`` that keeps no ``(O, I)`` matrix for the backward pass.
@@ -40,7 +38,7 @@ class _MaskedLinear(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         ctx.save_for_backward(x_BTI, weight_OI, lora_A_RI, lora_B_OR, mask_OI)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.autocast = scaling, _autocast_of(x_BTI)
         return F.linear(x_BTI, _masked_weight(weight_OI, lora_A_RI, lora_B_OR, mask_OI, scaling), bias_O)
 
     @staticmethod
@@ -48,11 +46,20 @@ class _MaskedLinear(torch.autograd.Function):
         (gradient_BTO,) = gradients
         x_BTI, weight_OI, lora_A_RI, lora_B_OR, mask_OI = ctx.saved_tensors
         gradient_x_BTI = None
-        if ctx.needs_input_grad[0]:
-            gradient_x_BTI = gradient_BTO @ _masked_weight(weight_OI, lora_A_RI, lora_B_OR, mask_OI, ctx.scaling)
-        gradient_OI = gradient_BTO.flatten(0, -2).T @ x_BTI.flatten(0, -2)
-        gradient_OI = gradient_OI.masked_fill_(~mask_OI, 0.0).mul_(ctx.scaling)
-        return gradient_x_BTI, None, None, lora_B_OR.T @ gradient_OI, gradient_OI @ lora_A_RI.T, None, None
+        with torch.autocast(**ctx.autocast):  # as in the forward pass
+            if ctx.needs_input_grad[0]:
+                gradient_x_BTI = gradient_BTO @ _masked_weight(weight_OI, lora_A_RI, lora_B_OR, mask_OI, ctx.scaling)
+            gradient_OI = gradient_BTO.flatten(0, -2).T @ x_BTI.flatten(0, -2)
+            gradient_OI = gradient_OI.masked_fill_(~mask_OI, 0.0).mul_(ctx.scaling)
+            gradient_A_RI, gradient_B_OR = lora_B_OR.T @ gradient_OI, gradient_OI @ lora_A_RI.T
+        return gradient_x_BTI, None, None, gradient_A_RI, gradient_B_OR, None, None
+
+
+def _autocast_of(tensor: Tensor) -> dict[str, Any]:
+    """The state of autocast where ``tensor`` is."""
+    kind = tensor.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return {"device_type": kind, "enabled": enabled, "dtype": torch.get_autocast_dtype(kind) if enabled else None}
 
 
 def _masked_weight(
@@ -142,44 +149,14 @@ def adapted(
 
 
 @torch.no_grad()
-def merge(wrapped: Any, dtypes: Mapping[str, torch.dtype]) -> dict[nn.Linear, Tensor]:
-    """Fold every adapter into its weight, rounded to the dtype the weight will be kept in.
+def merged(wrapped: Any) -> dict[str, Tensor]:
+    """Every adapted weight with its adapter folded in, ``(O, I)``, by the plain model's parameter names.
 
     Args:
-        wrapped: the ``PeftModel`` of ``adapted``.
-        dtypes: final dtype by parameter name of the plain model.
-
-    Returns:
-        The weights from before, ``(O, I)`` by layer, so that a caller can still take the merge back.
-
-    Raises:
-        SecateurError: a merged weight is not finite, or not zero where its mask is; nothing is changed then.
+        wrapped: the ``PeftModel`` of ``adapted``; it is not changed.
     """
-    merged: dict[nn.Linear, Tensor] = {}
-    for name, layer in wrapped.get_base_model().named_modules():
-        if not isinstance(layer, LoraLinear):
-            continue
-        base: nn.Linear = layer.get_base_layer()
-        dtype = dtypes[f"{name}.weight"]
-        weight_OI = (base.weight + layer.get_delta_weight(layer.active_adapters[0])).to(dtype).to(base.weight.dtype)
-        if not weight_OI.isfinite().all():
-            raise SecateurError(
-                f"recovery made {name}.weight overflow, so nothing was merged and the model is as before; "
-                "lower the learning rate and run again"
-            )
-        mask_OI = getattr(layer, "mask_OI", None)
-        if mask_OI is not None and weight_OI[~mask_OI].any():
-            raise SecateurError(
-                f"merging would revive pruned weights of {name}.weight, so nothing was merged and the model is as "
-                "before; check that the installed peft is a supported version"
-            )
-        merged[base] = weight_OI
-    originals = {base: base.weight.data for base in merged}
-    replace_weights(merged)
-    return originals
-
-
-def replace_weights(weights: Mapping[nn.Linear, Tensor]) -> None:
-    """Give each layer the weight it is listed with; the parameters stay the same objects, so ties hold."""
-    for layer, weight_OI in weights.items():
-        layer.weight.data = weight_OI
+    return {
+        f"{name}.weight": layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])
+        for name, layer in wrapped.get_base_model().named_modules()
+        if isinstance(layer, LoraLinear)
+    }

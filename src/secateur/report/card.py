@@ -70,19 +70,19 @@ def pruned_facts(plan: Plan, source_card: Facts, record: Facts) -> Facts:
     }
 
 
-def recovered_facts(record: Facts, recipe: str | None) -> Facts:
-    """What the card of a recovered folder says; ``recipe`` is the YAML it was pruned by."""
+def recovered_facts(record: Facts, title: str, recipe: str | None) -> Facts:
+    """What the card of a recovered folder says; ``title`` is how it was tuned, ``recipe`` the YAML it was pruned by."""
     name = record["model"]["hub_id"] or Path(record["model"]["spec"]).name
     training, data = record["training"], record["data"]
     return {
         "title": f"{name}, pruned and recovered",
         "model": record["model"],
-        "what": f"A pruned {name}, tuned with LoRA for {training['steps']} steps on {data['windows']} windows of "
-        f"{data['window_length']} tokens ({data['description']}); the adapters are merged.",
+        "what": f"A pruned {name}, tuned by {title} for {training['kept_step']} steps on {data['windows']} windows of "
+        f"{data['window_length']} tokens ({data['description']}).",
         "before": record["before"],
         "after": record["after"],
         "asked": "recovery of a pruned model",
-        "criterion": "LoRA on every linear layer of the blocks",
+        "criterion": training["method"],
         "calibration": data,
         "uneven": record["uneven"],
         "load": record["load"],

@@ -77,11 +77,11 @@ def recovery_table(record: dict[str, Any], out: Path) -> RenderableType:
         f"{training['losses'][-1]:.4f}",
         _change(training["losses"][0], training["losses"][-1]),
     )
-    text = (
-        f"steps: {training['steps']} of {training['batch_size']} windows, {training['tokens']:,} tokens, {training['seconds']:.0f} s\n"
-        f"{_load_line(record, out)}"
-    )
-    return Group(table, Text(text))
+    steps = f"steps: {len(training['losses'])} of {training['batch_size']} windows, {training['tokens']:,} tokens"
+    if training["stopped"]:
+        steps += f"; {training['stopped']}, and step {training['kept_step']} is kept"
+    lines = [steps, f"method: {training['method']}", *training["notes"], _load_line(record, out)]
+    return Group(table, Text("\n".join(lines)))
 
 
 def _load_line(record: dict[str, Any], out: Path) -> str:

@@ -1,6 +1,6 @@
-"""Recovery by LoRA: train low-rank updates on the pruned model's blocks, then fold them into the weights.
+"""Recovery: tune the pruned model by one of several methods, and fold what was learnt into its weights.
 
-The model that comes back is the model that went in, with other numbers in its matrices: same modules, names, shapes and
+The model that comes back is the model that went in, with other numbers in its blocks: same modules, names, shapes and
 dtypes, and zeros exactly where its masks have them.
 
 Shape legend: ``N`` windows, ``T`` tokens, ``I`` input features, ``O`` output features.
@@ -9,128 +9,118 @@ Shape legend: ``N`` windows, ``T`` tokens, ``I`` input features, ``O`` output fe
 from __future__ import annotations
 
 import random
-import time
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-from secateur.checkpoint.uneven import largest_module_list
 from secateur.console import log
-from secateur.errors import CalibrationError, PlanError, RecipeError, SecateurError, StructureError
-from secateur.recovery.settings import LoraSettings, RecoveryLog, Schedule, schedule
-
-__all__ = ["LoraSettings", "RecoveryLog", "block_linears", "recover_model", "schedule"]
+from secateur.errors import CalibrationError, PlanError, RecipeError
+from secateur.recovery.losses import held_out_loss
+from secateur.recovery.merging import replace_weights, rounded
+from secateur.recovery.methods import Task
+from secateur.recovery.settings import RecoveryLog, RecoverySettings, Schedule, schedule
+from secateur.recovery.teacher import Teacher
+from secateur.structure import Structure
 
 
 def recover_model(
     model: Any,
     ids_NT: Tensor,
-    settings: LoraSettings | None = None,
+    settings: RecoverySettings | None = None,
     masks: Mapping[str, Tensor] | None = None,
     on_step: Callable[[int, int, float], None] | None = None,
+    folder: Path | None = None,
+    teacher: Teacher | None = None,
+    structure: Structure | None = None,
 ) -> RecoveryLog:
-    """Train LoRA on every ``nn.Linear`` of the decoder blocks and fold it into the weights, in place.
+    """Train a model by ``settings.method`` and fold what was learnt into its weights, in place.
 
-    Training computes in float32; each weight then returns to its own dtype. The same model, windows, settings and machine
-    give the same bits. Whatever goes wrong, the model is left as it came.
+    Masters are float32, and so is the arithmetic but for products on accelerators that have bfloat16; each weight then
+    returns to its own dtype. The same model, windows, settings and machine give the same bits, interrupted or not.
+    Whatever goes wrong, the model is left as it came.
 
     Args:
         model: a causal language model of transformers.
         ids_NT: int64 token windows, ``(N, T)``.
-        settings: defaults to ``LoraSettings()``.
-        masks: by parameter name, ``(O, I)``, true or 1 where a weight is kept. The update is masked in training and merge
-            alike. A layer without a mask is trained, and merged, densely.
+        settings: defaults to ``RecoverySettings()``, which is LoRA.
+        masks: by parameter name, true or 1 where a weight is kept. The update is masked in training and merge alike. A
+            parameter without a mask is trained, and merged, densely.
         on_step: called with (step, steps, loss) after every optimiser step.
+        folder: where checkpoints go, so that the same call goes on after an interruption; None keeps nothing.
+        teacher: the dense model, for a method that needs one.
+        structure: the model's units, for a method that lets some leave. They are silenced here (what reads them is zeroed), and
+            ``RecoveryLog.removed`` names them, so that a caller can cut.
 
     Raises:
         CalibrationError: the windows are too few, too short or hold unknown tokens.
         PlanError: a mask does not fit its weight.
         ModelError: the model's loss is not finite to begin with.
-        StructureError: the blocks hold no ``nn.Linear``.
-        SecateurError: training diverged.
+        StructureError: the method finds nothing to train in the blocks.
+        SecateurError: training diverged, and no state before was better than the start.
 
-    Source: LLM-Pruner's recovery stage (arXiv 2305.11627; methods §14.5), with LoRA (arXiv 2106.09685).
+    Source: the schedule is that of LLM-Pruner's recovery stage (arXiv 2305.11627; methods §14.5).
     """
-    settings = settings or LoraSettings()
-    linears = block_linears(model)
+    settings = settings or RecoverySettings()
+    method = settings.parsed_method()
+    method.check(model)
     kept = _checked_masks(model, masks or {})
     held_out_NT, train_NT = _split(_checked_windows(model, ids_NT), settings)
     plan = schedule(settings, len(train_NT))
-    from secateur.recovery.adapters import adapted, merge, replace_weights
-    from secateur.recovery.training import held_out_loss, train
+    from secateur.recovery.training import train
 
     log.info(
-        f"recovering with LoRA on {len(linears)} matrices: {plan.steps} steps of {plan.batch_size} x {ids_NT.shape[1]} "
+        f"recovering by {method.title}: {plan.steps} steps of {plan.batch_size} x {ids_NT.shape[1]} "
         f"tokens, warm-up {plan.warmup}, {len(held_out_NT)} of {len(ids_NT)} windows held out"
     )
-    started = time.perf_counter()
     with _as_float32(model) as dtypes, _own_randomness(settings.seed):
         before = held_out_loss(
             model, held_out_NT, plan.micro_batch, "before recovery; look for NaN or Inf in its weights"
         )
-        with adapted(model, linears, kept, settings.rank, settings.alpha, settings.dropout) as wrapped:
-            trainable = sum(parameter.numel() for parameter in wrapped.parameters() if parameter.requires_grad)
-            ordered_ST = train_NT[_order(len(train_NT), plan, settings.seed)]
-            losses = train(
-                wrapped,
-                ordered_ST,
-                steps=plan.steps,
-                micro_batch=plan.micro_batch,
-                accumulation=plan.accumulation,
-                warmup=plan.warmup,
-                learning_rate=settings.learning_rate,
-                seed=settings.seed,
-                on_step=on_step,
-            )
-            originals = merge(wrapped, dtypes)
+        task = Task(model, kept, dtypes, settings, teacher, structure)
+        ordered_ST = train_NT[_order(len(train_NT), plan, settings.seed)]
+        place = nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory()
+        with place as name, method.student(task) as student:
+            for note in task.notes:
+                log.info(note)
+            trainable = sum(parameter.numel() for parameter in student.trained().values())
+            trained = train(student, ordered_ST, held_out_NT, plan, settings, Path(name), on_step)
+            new, silenced = student.merged(), student.silenced()
+            removed = [(group.block, group.kind, group.module, units) for group, units in student.removed()]
+        replaced = replace_weights(model, rounded(model, new, dtypes, kept))
+        del new
+        for name, columns in silenced.items():
+            model.get_parameter(name).data[:, columns] = 0
         try:
             after = held_out_loss(model, held_out_NT, plan.micro_batch, "after recovery; lower the learning rate")
-            for name, mask_OI in kept.items():
-                if model.get_parameter(name)[~mask_OI.to(model.get_parameter(name).device)].any():
-                    raise SecateurError(f"recovery revived pruned weights of {name}; please report this defect")
         except BaseException:
-            replace_weights(originals)
+            replace_weights(model, replaced)
             raise
     if before is not None and after is not None and after > before:
         log.warning(f"recovery did not help: the held-out loss went from {before:.4f} to {after:.4f}")
     return RecoveryLog(
+        method=settings.method,
         steps=plan.steps,
         batch_size=plan.batch_size,
         warmup=plan.warmup,
         windows=len(train_NT),
         held_out_windows=len(held_out_NT),
         trainable_parameters=trainable,
-        tokens=ordered_ST.numel(),
-        seconds=time.perf_counter() - started,
-        losses=losses,
+        tokens=len(trained.losses) * plan.batch_size * ids_NT.shape[1],
+        losses=trained.losses,
+        looks=trained.looks,
+        kept_step=trained.kept_step,
+        stopped=trained.stopped,
         held_out_before=before,
         held_out_after=after,
+        notes=task.notes,
+        removed=removed,
     )
-
-
-def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every ``nn.Linear`` in the decoder blocks by its qualified name; found by type and place, never by name.
-
-    Raises:
-        StructureError: there are no blocks, or none holds an ``nn.Linear``.
-    """
-    try:
-        blocks = largest_module_list(model)
-    except ValueError as error:
-        raise StructureError(f"{type(model).__name__} has no list of like blocks to recover") from error
-    inside = set(blocks.modules())
-    linears = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module in inside
-    }
-    if not linears:
-        raise StructureError(
-            f"the blocks of {type(model).__name__} hold no nn.Linear, so LoRA cannot recover it; give another model"
-        )
-    return linears
 
 
 def _checked_windows(model: Any, ids_NT: Tensor) -> Tensor:
@@ -173,7 +163,7 @@ def _checked_masks(model: Any, masks: Mapping[str, Tensor]) -> dict[str, Tensor]
     return checked
 
 
-def _split(ids_NT: Tensor, settings: LoraSettings) -> tuple[Tensor, Tensor]:
+def _split(ids_NT: Tensor, settings: RecoverySettings) -> tuple[Tensor, Tensor]:
     """Windows held out and windows to train on, chosen by the seed, each in their given order."""
     windows = len(ids_NT)
     held_out = settings.held_out

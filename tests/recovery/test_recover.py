@@ -10,55 +10,20 @@ import numpy
 import pytest
 import torch
 from pydantic import ValidationError
+from tiny_recovery import learnable_windows, mask_half, mask_two_of_four, same_bits, tiny_llama, weights
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from secateur.errors import CalibrationError, ModelError, PlanError, RecipeError, SecateurError, StructureError
-from secateur.recovery.lora import block_linears, recover_model
-from secateur.recovery.settings import LoraSettings, schedule
+from secateur.recovery.places import block_linears
+from secateur.recovery.recover import recover_model
+from secateur.recovery.settings import RecoverySettings, schedule
 
-FAST = LoraSettings(steps=4, batch_size=4, learning_rate=1e-2, warmup=1, held_out=2)
-
-
-def tiny_llama(dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    options = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "vocab_size": 128,
-        "initializer_range": 0.1,
-    }
-    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True} | changes
-    return LlamaForCausalLM(LlamaConfig(**options)).to(dtype).eval()
-
-
-def learnable_windows(count: int = 40, length: int = 16) -> torch.Tensor:
-    """Each token is the one before plus three: a pattern that a little training finds."""
-    start_N1 = torch.randint(0, 128, (count, 1), generator=torch.Generator().manual_seed(1))
-    return (start_N1 + 3 * torch.arange(length)) % 128
-
-
-def weights(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(left.view(torch.uint8), right.view(torch.uint8))
-
-
-def mask_half(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Zero a random half of every block matrix and give the masks."""
-    generator, masks = torch.Generator().manual_seed(2), {}
-    for name, linear in block_linears(model).items():
-        masks[f"{name}.weight"] = torch.rand(linear.weight.shape, generator=generator) < 0.5
-        linear.weight.data[~masks[f"{name}.weight"]] = 0.0
-    return masks
+FAST = RecoverySettings(steps=4, batch_size=4, learning_rate=1e-2, warmup=1, held_out=2)
 
 
 def test_the_loss_falls_and_the_log_says_so():
     seen = []
-    settings = LoraSettings(steps=30, batch_size=8, learning_rate=2e-2, held_out=4)
+    settings = RecoverySettings(steps=30, batch_size=8, learning_rate=2e-2, held_out=4)
     done = recover_model(
         tiny_llama(), learnable_windows(), settings, on_step=lambda step, steps, loss: seen.append((step, steps, loss))
     )
@@ -75,7 +40,7 @@ def test_the_loss_falls_and_the_log_says_so():
 
 def test_the_first_loss_is_plain_cross_entropy_and_accumulation_does_not_change_it():
     ids_NT = learnable_windows(32)
-    plain = LoraSettings(steps=1, batch_size=4, micro_batch=4, held_out=0, dropout=0.0)
+    plain = RecoverySettings(steps=1, batch_size=4, micro_batch=4, held_out=0, dropout=0.0)
     model = tiny_llama()
     with torch.no_grad():
         every = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids_NT]
@@ -85,7 +50,7 @@ def test_the_first_loss_is_plain_cross_entropy_and_accumulation_does_not_change_
     assert min(every) < whole < max(every)
     # All windows in one epoch, each once: the mean of the eight steps' losses at (almost) no learning is the mean loss.
     still = recover_model(
-        model, ids_NT, LoraSettings(epochs=1, batch_size=4, learning_rate=1e-12, held_out=0, dropout=0)
+        model, ids_NT, RecoverySettings(epochs=1, batch_size=4, learning_rate=1e-12, held_out=0, dropout=0)
     )
     assert sum(still.losses) / len(still.losses) == pytest.approx(sum(every) / len(every), abs=1e-5)
 
@@ -134,12 +99,8 @@ def test_zeros_stay_zeros_bit_for_bit(dtype):
 
 
 def test_an_n_m_pattern_stays():
-    model, masks = tiny_llama(), {}
-    for name, linear in block_linears(model).items():
-        runs = linear.weight.data.abs().unflatten(1, (-1, 4))
-        mask_OI = torch.zeros_like(runs, dtype=torch.bool).scatter_(2, runs.topk(2, dim=2).indices, True).flatten(1)
-        linear.weight.data *= mask_OI
-        masks[f"{name}.weight"] = mask_OI
+    model = tiny_llama()
+    masks = mask_two_of_four(model)
     recover_model(model, learnable_windows(), FAST, masks)
     for name, mask_OI in masks.items():
         assert torch.equal(model.get_parameter(name) != 0, mask_OI)
@@ -226,9 +187,9 @@ def test_an_interruption_leaves_the_model():
 
 
 def test_a_loss_that_breaks_after_the_merge_takes_the_merge_back(monkeypatch):
-    from secateur.recovery import training
+    from secateur.recovery import recover
 
-    real, calls = training.held_out_loss, []
+    real, calls = recover.held_out_loss, []
 
     def breaks_the_second_time(*arguments):
         calls.append(1)
@@ -236,7 +197,7 @@ def test_a_loss_that_breaks_after_the_merge_takes_the_merge_back(monkeypatch):
             raise ModelError("the model's loss on held-out windows is nan")
         return real(*arguments)
 
-    monkeypatch.setattr(training, "held_out_loss", breaks_the_second_time)
+    monkeypatch.setattr(recover, "held_out_loss", breaks_the_second_time)
     model = tiny_llama(torch.bfloat16)
     before = weights(model)
     with pytest.raises(ModelError):
@@ -259,20 +220,20 @@ def test_a_loss_that_breaks_after_the_merge_takes_the_merge_back(monkeypatch):
     ],
 )
 def test_the_schedule_scales_to_the_data(windows, batch_size, micro_batch, epochs, expected):
-    settings = LoraSettings(batch_size=batch_size, micro_batch=micro_batch, epochs=epochs)
+    settings = RecoverySettings(batch_size=batch_size, micro_batch=micro_batch, epochs=epochs)
     plan = schedule(settings, windows)
     assert (plan.steps, plan.micro_batch, plan.accumulation, plan.warmup) == expected
     assert plan.batch_size <= batch_size
 
 
 def test_the_number_of_steps_can_be_given():
-    assert schedule(LoraSettings(steps=3), 1000).steps == 3
-    assert schedule(LoraSettings(steps=3, warmup=50), 1000).warmup == 2
+    assert schedule(RecoverySettings(steps=3), 1000).steps == 3
+    assert schedule(RecoverySettings(steps=3, warmup=50), 1000).warmup == 2
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(1, 0), (2, 1), (19, 1), (40, 2)])
 def test_a_twentieth_is_held_out(count, held_out):
-    done = recover_model(tiny_llama(), learnable_windows(count), LoraSettings(steps=1))
+    done = recover_model(tiny_llama(), learnable_windows(count), RecoverySettings(steps=1))
     assert (done.held_out_windows, done.windows) == (held_out, count - held_out)
     assert (done.held_out_before is None) == (held_out == 0)
 
@@ -315,4 +276,4 @@ def test_a_model_without_blocks_is_refused():
 @pytest.mark.parametrize("wrong", [{"rank": 0}, {"dropout": 1.0}, {"learning_rate": 0}, {"epochs": 0}, {"ranks": 8}])
 def test_settings_are_validated(wrong):
     with pytest.raises(ValidationError):
-        LoraSettings(**wrong)
+        RecoverySettings(**wrong)

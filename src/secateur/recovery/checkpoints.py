@@ -1,0 +1,109 @@
+"""The Trainer's checkpoints, made whole: what is trained, optimiser, schedule, random states and history, in one rename.
+
+Nothing in them is unpickled: tensors that are trained lie in safetensors, the history in JSON, and the rest in files that the
+Trainer reads with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from secateur.files import atomic_file, remove_temporaries, sync, sync_tree
+from secateur.recovery.methods import Student
+
+PREFIX, TRAINED, BEST = "checkpoint-", "trained.safetensors", "best.safetensors"
+
+LEAST_SECONDS = 15.0
+"""Between two checkpoints."""
+SHARE = 30
+"""And at least so many times as long as the last one took to write."""
+
+
+def write_state(file: Path, state: Mapping[str, Tensor]) -> None:
+    """Write tensors so that the file is whole or not there, also after a loss of power."""
+    with atomic_file(file, durable=True) as temporary:
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, temporary)
+
+
+def read_state(file: Path) -> dict[str, Tensor]:
+    """What ``write_state`` wrote."""
+    return load_file(file)
+
+
+class Checkpoints:
+    """Half a Trainer: writes checkpoints of a ``Student`` and finds the last whole one."""
+
+    student: Student
+    folder: Path
+
+    def begin(self, student: Student, folder: Path) -> None:
+        """Say what is saved, and where."""
+        self.student, self.folder = student, folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(folder)
+        self._place: str | None = None
+        self._saved_at, self._cost = time.monotonic(), 0.0
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch: divide by their number
+
+    def is_checkpoint_due(self) -> bool:
+        """Whether the work since the last checkpoint is worth writing one. It changes no bit of the result."""
+        return time.monotonic() - self._saved_at >= max(LEAST_SECONDS, SHARE * self._cost)
+
+    def found_folder(self) -> str | None:
+        """The last whole checkpoint's folder; None where there is none."""
+        numbers = [int(place.name.removeprefix(PREFIX)) for place in self.folder.glob(f"{PREFIX}*")]
+        return str(self.folder / f"{PREFIX}{max(numbers)}") if numbers else None
+
+    def found(self) -> Any:
+        """The Trainer's state in it."""
+        from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+
+        place = self.found_folder()
+        return TrainerState.load_from_json(str(Path(place) / TRAINER_STATE_NAME)) if place else None
+
+    def found_state(self) -> dict[str, Tensor]:
+        """The student's state in it."""
+        place = self.found_folder()
+        assert place is not None
+        return read_state(Path(place) / TRAINED)
+
+    # -- what the Trainer calls
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self._place or str(self.folder)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        began = time.monotonic()
+        name = f"{PREFIX}{self.state.global_step}"  # type: ignore[attr-defined]
+        final = self.folder / name
+        if not final.exists():
+            with tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=self.folder) as self._place:
+                super()._save_checkpoint(model, trial)  # type: ignore[misc]
+                sync_tree(Path(self._place) / name)
+                os.replace(Path(self._place) / name, final)
+            self._place = None
+            sync(self.folder)
+        for other in self.folder.glob(f"{PREFIX}*"):
+            if other != final:
+                shutil.rmtree(other)
+        self._saved_at, self._cost = time.monotonic(), time.monotonic() - began
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        assert output_dir is not None
+        os.makedirs(output_dir, exist_ok=True)
+        state = self.student.state()
+        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, Path(output_dir) / TRAINED)
+
+    @torch.no_grad()
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.student.take(read_state(Path(resume_from_checkpoint) / TRAINED))
