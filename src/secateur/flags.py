@@ -21,7 +21,7 @@ FLAGS: dict[str, Any] = {
         str | None,
         typer.Option(
             help="fast (one look at activations), balanced (what stays is updated), best (each block its own share, updated, then "
-            "fitted to the dense model; about eight times balanced): the fields below that you do not give.",
+            "fitted to the dense model; several times the cost of balanced): the fields below that you do not give.",
             show_default=False,
         ),
     ],
