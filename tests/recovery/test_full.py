@@ -67,8 +67,8 @@ def test_moments_of_removed_weights_stay_zero_and_so_do_the_masters(monkeypatch)
 
 
 def test_masters_are_float32_so_that_small_steps_add_up():
-    """A step of 1e-5 is below half a unit in the last place of most bf16 weights: without masters nothing would move."""
-    settings = FULL.model_copy(update={"steps": 80, "learning_rate": 1e-5, "weight_decay": 0.0})
+    """Steps of at most 3e-5 are below half a unit in the last place of most bf16 weights: without masters nothing would move."""
+    settings = FULL.model_copy(update={"steps": 30, "learning_rate": 3e-5, "weight_decay": 0.0})
     model = tiny_llama(torch.bfloat16)
     name = "model.layers.0.mlp.up_proj.weight"
     before = model.get_parameter(name).data.clone()
@@ -132,11 +132,11 @@ def test_under_autocast_zeros_stay_and_the_loss_falls(method, monkeypatch):
     model = tiny_llama()
     masks = mask_half(model)
     settings = RecoverySettings(
-        method=method, steps=20, batch_size=4, learning_rate=1e-2, held_out=4, **({"dropout": 0.0} if method == "lora" else {})
+        method=method, steps=12, batch_size=4, learning_rate=1e-2, held_out=4, **({"dropout": 0.0} if method == "lora" else {})
     )  # fmt: skip
     exact = copy.deepcopy(model)
     done = recover_model(model, learnable_windows(), settings, masks)
-    assert done.held_out_after < done.held_out_before - 0.2
+    assert done.held_out_after < done.held_out_before - 0.05
     assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
     monkeypatch.setattr(training_module, "autocast_here", lambda: False)
     plain = recover_model(exact, learnable_windows(), settings, masks)
