@@ -84,7 +84,6 @@ POINTS = {
         "wanda 2:4, pruned",
         "sparsegpt weight, each block its own share",
         "taylor channels, global, refitted, blocks fitted",
-        "flap head,channel, biases",
     ],
 )
 def test_what_died_anywhere_is_finished_with_the_same_bytes(
