@@ -75,17 +75,18 @@ POINTS = {
 }
 
 
-@pytest.mark.usefixtures("same_process")
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "taylor channels",
-        "wanda 2:4, pruned",
-        "sparsegpt weight, each block its own share",
-        "taylor channels, global, refitted, blocks fitted",
-    ],
+EVERYWHERE = (
+    "taylor channels",
+    "wanda 2:4, pruned",
+    "sparsegpt weight, each block its own share",
+    "taylor channels, global, refitted, blocks fitted",
 )
+DEATHS = [(point, recipe) for recipe in EVERYWHERE for point in POINTS]
+DEATHS += [(point, "flap head,channel, biases") for point in ("saving the plan", "writing a block")]
+
+
+@pytest.mark.usefixtures("same_process")
+@pytest.mark.parametrize(("point", "recipe"), DEATHS)
 def test_what_died_anywhere_is_finished_with_the_same_bytes(
     point, recipe, llama_folder, windows_file, tmp_path, monkeypatch
 ):
