@@ -18,8 +18,10 @@ from pathlib import Path
 
 from common import DEFAULT_REFERENCE, RESULTS, ROOT, Results, fresh
 
+BEST = "preset best"
+
 WEIGHTS = {
-    "preset best": "preset=best unit={unit}",
+    BEST: "preset=best unit={unit}",
     "magnitude, by matrix": "magnitude unit={unit} within=layer",
     "wanda": "wanda unit={unit}",
     "wanda, one share of every row": "wanda unit={unit} within=share",
@@ -47,7 +49,7 @@ NO_PATTERN = (
     "sparsegpt, sensitivity",
 )
 CUTS = {
-    "preset best": "preset=best unit={unit}",
+    BEST: "preset=best unit={unit}",
     "random": "random unit={unit}",
     "magnitude": "magnitude unit={unit}",
     "wanda": "wanda unit={unit} propagate=dense",
@@ -61,7 +63,7 @@ CUTS = {
     "taylor, global, weights refitted": "taylor unit={unit} allocation=global removal=sparsegpt",
 }
 BLOCKS = {
-    "preset best": "preset=best unit=block",
+    BEST: "preset=best unit=block",
     "taylor": "taylor unit=block",
     "ShortGPT": "influence unit=block",
     "angular": "angular unit=block",
@@ -206,7 +208,27 @@ def table(results: Results) -> str:
                 cost = [f"{first['seconds'] / first['forward']:.1f}", f"{first['peak_memory'] / 2**20:,.0f} MiB"]
             lines.append(f"| {method} | {' | '.join([*cells, *cost])} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_lead(results), ""])
+
+
+def _lead(results: Results) -> list[str]:
+    """In each column, how much of the distance between the next best method and dense ``--preset best`` makes good."""
+    dense, lines = results.get("dense"), []
+    for column, methods in COLUMNS.items():
+        found = {method: results.get(f"{column}: {method}") for method in methods}
+        known = {m: e["perplexity"] for m, e in found.items() if e is not None and e["failed"] is None}
+        best = known.pop(BEST, None)
+        # What fits blocks by itself is part of the preset, not a method beside it.
+        others = {method: value for method, value in known.items() if "reconstruct=block" not in methods[method]}
+        if dense is None or best is None or not others:
+            continue
+        next_best = min(others, key=others.__getitem__)
+        share = (others[next_best] - best) / (others[next_best] - dense["perplexity"])
+        lines.append(
+            f"* {column}: {BEST} {best:.2f}, next best of {len(others)} others {next_best} {others[next_best]:.2f}; "
+            f"{100 * share:.0f} % of the way from there to dense"
+        )
+    return lines
 
 
 def _cell(entry: dict | None, asked: bool) -> str:
