@@ -98,8 +98,8 @@ def _warn_of_little_text(planner: Planner) -> None:
     widest = max((inputs for _, inputs in shapes), default=0)
     if tokens < widest:
         log.warning(
-            "TOO LITTLE TEXT: %s has %d calibration tokens for matrices of up to %d inputs, so its result may well be worse "
-            "than plain Wanda's; give at least %d tokens with --windows or --window-length, or a longer --calibration text.",
+            "TOO LITTLE TEXT: %s has %d calibration tokens for matrices of up to %d inputs, so weights that are "
+            "fitted to it may well be worse than unfitted ones; give at least %d tokens with --windows or --window-length, or a longer --calibration text.",
             planner.removal.name if planner.removal.updates else planner.criterion.name,
             tokens,
             widest,

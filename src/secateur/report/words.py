@@ -24,7 +24,9 @@ def asked(plan: Plan) -> str:
     policy = recipe.parsed_policy()
     spread = f", each block its own share by {policy.name}" if policy else ""
     removal = recipe.parsed_removal()
-    leaves = f", {'what stays updated' if removal.updates else 'refined'} by {removal.name}" if removal.needs() else ""
+    leaves = (
+        f", {'what is left' if removal.updates else 'the mask'} refined by {removal.name}" if removal.needs() else ""
+    )
     if removal.writes_biases:
         leaves = ", its expected output in biases"
     fitted = ", blocks fitted to the dense model" if recipe.reconstruct else ""
