@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -117,17 +117,26 @@ class ForwardWalk(Walk):
         del statistics, taps, own  # as large as the block's weights may be
         if fit is not None and dense is not None:
             if index > blocks.start and fit.follows_dense:
-                for batch, x_BTD in self.stream(dense, index):
-                    dense.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
-                    done(batch, runs=1)
+                self._on(dense, index, block, calls, lambda batch: done(batch, runs=1))
             replaced = fit.block(index, block, self._passage(index, block, calls, store, dense, done))
         if again:
             if replaced:
                 block.load_state_dict(dict(replaced), strict=False, assign=True)
             del replaced
-            for batch, x_BTD in self.stream(store, index):
-                store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
-                done(batch, runs=done.all - 1)
+            self._on(store, index, block, calls, lambda batch: done(batch, runs=done.all - 1))
+
+    def _on(
+        self,
+        store: BoundaryStore,
+        index: int,
+        block: nn.Module,
+        calls: BlockCalls,
+        done: Callable[[int], None] = lambda batch: None,
+    ) -> None:
+        """Run all that stands before the block through it, to stand before the next."""
+        for batch, x_BTD in self.stream(store, index):
+            store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
+            done(batch)
 
     @torch.no_grad()
     def _gone(
@@ -145,8 +154,8 @@ class ForwardWalk(Walk):
             store.put((index + 1, batch), x_BTD)
             if first:
                 dense.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
-        for batch, x_BTD in self.stream(dense, index) if not first else ():
-            dense.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
+        if not first:
+            self._on(dense, index, block, calls)
 
     def _passage(
         self,
