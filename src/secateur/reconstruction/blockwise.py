@@ -58,7 +58,7 @@ class Blockwise(Reconstruction):
         ]
         optimiser = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
         generator = torch.Generator().manual_seed(seed)
-        steps = _Steps(self.options.epochs * _steps_in(passage, fit, self.options.batch), self.options.rate)
+        steps = _Steps(self.options.epochs * len(_in_steps(passage, fit, self.options.batch)), self.options.rate)
         for epoch in range(self.options.epochs):
             order = [fit[place] for place in torch.randperm(len(fit), generator=generator)]
             self._epoch(fitted, passage, order, optimiser, steps)
@@ -127,7 +127,3 @@ def _in_steps(passage: Passage, order: Sequence[int], windows: int) -> list[list
         steps[-1].append(batch)
         room -= passage.windows[batch]
     return steps
-
-
-def _steps_in(passage: Passage, batches: Sequence[int], windows: int) -> int:
-    return len(_in_steps(passage, batches, windows))

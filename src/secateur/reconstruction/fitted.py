@@ -22,14 +22,13 @@ class FittedBlock:
         decision: what leaves it.
 
     Attributes:
-        block: with its new weights.
         decision: as given, or as chosen anew.
         weights: by the parameter's name, what is fitted: float32, zero where a mask took something.
         stays: by the parameter's name, where weights stay.
     """
 
     def __init__(self, block: nn.Module, decision: BlockDecision) -> None:
-        self.block, self.decision = block, decision
+        self.decision = decision
         self._tensors = dict(block.state_dict())
         self.stays = _stays(decision, self._tensors)
         pruned = decision.in_dense_shapes(self._tensors)
