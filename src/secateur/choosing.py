@@ -31,6 +31,7 @@ from secateur.errors import RecipeError
 from secateur.quantities import Target
 from secateur.recipe import Recipe
 from secateur.removal.decision import Removals
+from secateur.removal.spread import ScoreSpread, joined, spread_of_units
 from secateur.scoring import unit_key
 from secateur.structure import Structure, UnitGroup
 
@@ -59,6 +60,7 @@ class Chooser:
     Attributes:
         pools: what there is to choose from, in the order in which it is decided.
         notes: what the target and the rounding came to, for the record.
+        spreads: by block, for each kind of unit, how the scores lie by which its units were chosen.
 
     Raises:
         RecipeError: the model does not have what the recipe asks for, or cannot give so much of it.
@@ -80,6 +82,7 @@ class Chooser:
         asked = {key[0] for key, units in goal.leaving.items() if units} if goal and goal.leaving else recipe.cut_kinds
         self.pools = [pool for kind in recipe.cut_kinds if kind in asked for pool in self._pools(kind, middle)]
         self.notes: dict[str, Any] = {}
+        self.spreads: dict[int, dict[str, ScoreSpread]] = {}
         self._given = goal
         if goal is None and recipe.target is None:
             self._check_ratio()
@@ -230,15 +233,20 @@ class Chooser:
             if self.recipe.allocation == "global"
             else self._lowest(self.amounts(scores), scores)
         )
+        self.spreads.clear()
+        for pool in self.pools:
+            self._note_spread(pool, scores[pool.key], chosen.get(pool.key, []))
         return leave_everywhere(self.pools, chosen)
 
     def choose_in(self, block: int, scores: Mapping[str, torch.Tensor]) -> Removals:
         """What leaves one block, by a policy that needs no other block's scores."""
-        return [
-            (pool.groups[0], lowest_units(pool, scores[unit_key(pool.groups[0])], self.planned[pool.key]))
-            for pool in self.pools
-            if pool.block == block
-        ]
+        removals: Removals = []
+        self.spreads.pop(block, None)
+        for pool in (pool for pool in self.pools if pool.block == block):
+            own = scores[unit_key(pool.groups[0])]
+            removals.append((pool.groups[0], lowest_units(pool, own, self.planned[pool.key])))
+            self._note_spread(pool, own, removals[-1][1])
+        return removals
 
     @cached_property
     def planned(self) -> Amounts:
@@ -342,6 +350,11 @@ class Chooser:
         return {key: units for key, units in result.items() if key in chosen}
 
     # -- what is said of it
+
+    def _note_spread(self, pool: Pool, score_U: torch.Tensor, gone: Sequence[int]) -> None:
+        if score_U.dim() == 1:  # runs of blocks have a score for every length
+            own, spread = self.spreads.setdefault(pool.block, {}), spread_of_units(score_U, gone)
+            own[pool.kind] = joined([own[pool.kind], spread]) if pool.kind in own else spread
 
     def _note_target(self, target: Target, at_most: int, solved: Solved, shares: Shares) -> None:
         self.notes["target"] = {

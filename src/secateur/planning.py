@@ -270,13 +270,15 @@ class Planner:
         for index in track(self.blocks, "Choosing what leaves"):
             if index not in dropped:
                 scores = weight_scores(store.get(index)).items() if self.recipe.masks_weights else ()
-                plan.add(index, remover.by_scores(index, removals.get(index, []), scores))
+                decision = remover.by_scores(index, removals.get(index, []), scores)
+                decision.scores.update(self.chooser.spreads.get(index, {}))
+                plan.add(index, decision)
 
     def _whole_blocks(self, plan: Plan, removals: Mapping[int, Removals]) -> frozenset[int]:
         """Put what leaves outside of blocks into the plan; returns the blocks that leave whole."""
         outside = removals.get(OUTSIDE, [])
         if outside:
-            plan.add(OUTSIDE, BlockDecision(outside))
+            plan.add(OUTSIDE, BlockDecision(outside, scores=self.chooser.spreads.get(OUTSIDE, {})))
         return frozenset(unit for group, units in outside if group.kind == "block" for unit in units)
 
     def _remover(self, weights: WeightChooser, removals: Mapping[int, Removals] | None = None) -> Remover:
@@ -411,6 +413,7 @@ class Planner:
         touched = list(scorer.matrices) if self.recipe.masks_weights or self.removal.updates else []
         own = [name for place, name in enumerate(touched) if self.workplace.workers.mine(place)]
         decision = remover.in_block(index, removals, scorer, own, kept_scores)
+        decision.scores.update(self.chooser.spreads.get(index, {}))
         share_among(self.workplace.workers, self.checkpoint, decision, index, touched)
         return decision
 

@@ -30,6 +30,7 @@ from secateur.recipe import Recipe
 from secateur.reconstruction.base import FIT_ERRORS
 from secateur.removal.decision import BlockDecision, Removals, model_cut
 from secateur.removal.masks import pack, unpack, zeros_of
+from secateur.removal.spread import ScoreSpread
 from secateur.structure import OUTSIDE, ModelCut, Structure, UnitGroup
 
 PLAN_FILE, MASKS_FILE, NUMBERS = "plan.json", "masks.safetensors", "weights"
@@ -87,6 +88,7 @@ class BlockPlan(_Strict):
         updated: matrices whose weights that stay get new numbers.
         numbers_sha256: of the file that holds these.
         notes: figures of the removal that are worth telling.
+        scores: by kind of unit, or by the matrix's name, how the scores lie that were chosen by.
     """
 
     block: int = Field(ge=OUTSIDE)
@@ -95,6 +97,7 @@ class BlockPlan(_Strict):
     updated: list[str] = []
     numbers_sha256: str | None = None
     notes: dict[str, float] = {}
+    scores: dict[str, ScoreSpread] = {}
 
 
 class Plan(_Strict):
@@ -181,6 +184,7 @@ class Plan(_Strict):
             updated=sorted(decision.numbers),
             numbers_sha256=numbers,
             notes=dict(decision.notes),
+            scores=dict(sorted(decision.scores.items())),
         )
         self._store.put(block, as_text(entry.model_dump(mode="json")), bits)
         self._enter(entry)

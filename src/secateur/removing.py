@@ -20,6 +20,7 @@ from secateur.recipe import Recipe
 from secateur.reconstruction import ChooseAgain, FittedBlock
 from secateur.removal.decision import BlockDecision, Removals
 from secateur.removal.methods import Removed, Task
+from secateur.removal.spread import ScoreSpread, spread_of_weights
 from secateur.scoring import BlockScorer
 from secateur.statistics import InputStatistic, Statistic
 from secateur.sweep import Passage
@@ -46,9 +47,9 @@ class Remover:
             rows, columns = decision.survivors(name, tensors)
             if len(rows):  # else the expert leaves as a whole
                 amount = self._amounts.of(index, name, (len(rows), len(columns)))
-                decision.masks[name] = self._weights.mask(
-                    surviving(score_OI, rows, columns), amount, self._full(index, name)
-                )
+                left_OI = surviving(score_OI, rows, columns)
+                decision.masks[name] = self._weights.mask(left_OI, amount, self._full(index, name))
+                decision.scores[name] = spread_of_weights(left_OI, decision.masks[name])
         return decision
 
     def in_block(
@@ -70,7 +71,7 @@ class Remover:
             rows, columns = decision.survivors(name, tensors)
             if not len(rows):
                 continue
-            removed = self._of_matrix(index, name, (rows, columns), scorer, kept_scores)
+            removed = self._of_matrix(index, name, (rows, columns), scorer, kept_scores, decision.scores)
             if removed is None:
                 continue
             if self._recipe.masks_weights:
@@ -110,6 +111,7 @@ class Remover:
         survivors: tuple[torch.Tensor, torch.Tensor],
         scorer: BlockScorer,
         kept_scores: Mapping[str, torch.Tensor] | None,
+        spreads: dict[str, ScoreSpread],
     ) -> Removed | None:
         """None where nothing changes but that rows and columns go."""
         matrix, (rows, columns) = scorer.matrix(name), survivors
@@ -128,7 +130,10 @@ class Remover:
 
         def choose() -> torch.Tensor:
             score_OI = scorer.weight_score(name) if kept_scores is None else kept_scores[name].to(weight_OI.device)
-            return self._weights.mask(surviving(score_OI, rows, columns), amount, full)
+            left_OI = surviving(score_OI, rows, columns)
+            mask_OI = self._weights.mask(left_OI, amount, full)
+            spreads[name] = spread_of_weights(left_OI, mask_OI)
+            return mask_OI
 
         task = Task(
             full,
@@ -242,6 +247,8 @@ def share_among(
     for notes in workers.all(dict(decision.notes)):
         for key, value in notes.items():
             decision.notes[key] = max(value, decision.notes.get(key, value))
+    for scores in workers.all(dict(decision.scores)):
+        decision.scores.update(scores)
 
 
 NOTHING = torch.zeros(0)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from secateur.checkpoint.matrices import BlockMatrices
+from secateur.removal.spread import ScoreSpread
 from secateur.structure import OUTSIDE, ModelCut, UnitGroup, cut_tensors, mask_tensors
 from secateur.structure.cutting import Removal
 
@@ -41,6 +42,7 @@ class BlockDecision:
         numbers: by the matrix's name, the new numbers of what stays after the cut, ``(O', I')`` in the stored dtype; by a
             bias's own name its new numbers, ``(O',)``.
         notes: figures of the removal that are worth telling, the largest of the block.
+        scores: by kind of unit, or by the matrix's name, how the scores lie that were chosen by.
     """
 
     removals: Sequence[Removal] = ()
@@ -48,6 +50,7 @@ class BlockDecision:
     matrices: BlockMatrices = field(default_factory=dict)
     numbers: dict[str, torch.Tensor] = field(default_factory=dict)
     notes: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, ScoreSpread] = field(default_factory=dict)
 
     def carry_out(self, tensors: Mapping[str, torch.Tensor], in_place: bool = False) -> dict[str, torch.Tensor]:
         """The block's tensors as they will be written: cut, then given their new numbers, then masked; dtypes stay.
