@@ -241,6 +241,15 @@ def evaluate(
         bool,
         typer.Option(help="Also measure prefill and decode at batch 1 and 8, the models in turn, and KL to the first."),
     ] = True,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What every model continues, to be read side by side in the report; may be given again. "
+            "[default: a sentence about apple trees; '' for none]",
+            show_default=False,
+        ),
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -279,9 +288,13 @@ def evaluate(
         )
     else:
         _only_with("--tasks", {"--tasks-dir": tasks_dir, "--limit": limit, "--batch-size": batch_size})
+        from secateur.evaluation import PROMPT
         from secateur.measuring import evaluate_models
 
-        evaluation = evaluate_models(models, text, window_length, max_windows, alone, speed, trust_remote_code)
+        beginnings = [PROMPT] if prompt is None else [text for text in prompt if text]
+        evaluation = evaluate_models(
+            models, text, window_length, max_windows, alone, speed, trust_remote_code, beginnings
+        )
     if as_json:
         _print_json(evaluation.to_json())
     else:

@@ -6,7 +6,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
@@ -15,17 +14,18 @@ from secateur import __version__
 from secateur.checkpoint.manifest import RECORD
 from secateur.checkpoint.source import resolve_model
 from secateur.console import log
-from secateur.evaluation import continuations, evaluate
+from secateur.evaluation import PROMPT, evaluate
 from secateur.inspection import inspect_model
 from secateur.loading import load
+from secateur.measuring import note_everywhere
 from secateur.recipe import recipe_from
 from secateur.recovering import recover_folder
 from secateur.recovery import RecoverySettings
+from secateur.report.measured import PERPLEXITY
+from secateur.report.page import PAGE
 from secateur.resuming import present_settings, read_start, source_digest
 from secateur.run import prune
 from secateur.runfolder import RUN_FILE, absolute, partial_of
-
-PROMPT = "The three most important things to know about growing apple trees are"
 
 
 @dataclass(frozen=True)
@@ -76,20 +76,27 @@ def run_demo(out: Path, quick: bool = False) -> None:
     }
     log.info("[4/5] Measuring all three on text that none of them wrote: the documentation inside Python itself.")
     evaluation = evaluate(
-        folders, text="python-docs", window_length=512, max_windows=size.test, load=load, speed_batches=(1,)
+        folders,
+        text="python-docs",
+        window_length=512,
+        max_windows=size.test,
+        load=load,
+        speed_batches=(1,),
+        prompts=(PROMPT,),
     )
-    log.info("[5/5] Letting each continue the same sentence.")
-    written = _continuations(folders)
+    log.info("[5/5] Putting what was measured into the reports.")
+    note_everywhere(folders, PERPLEXITY, evaluation.to_json())
     console.print()
     console.print(evaluation.table())
     console.print(evaluation.protocol, style="dim")
     console.print()
-    for name, text in written.items():
+    for name, text in evaluation.continuations[PROMPT].items():
         console.print(Panel(f"[dim]{PROMPT}[/dim]{text}", title=name, title_align="left"))
     console.print(
         f"Done in {time.monotonic() - started:.0f} s. The smaller model is in [bold]{out / 'recovered'}[/bold]; load it with:\n"
     )
     console.print(_three_lines(out / "recovered"), highlight=False, soft_wrap=True)
+    console.print(f"All of it to look at, in a browser: [bold]{out / 'recovered' / PAGE}[/bold]")
 
 
 def _stale(folder: Path) -> bool:
@@ -104,17 +111,6 @@ def _stale(folder: Path) -> bool:
     except (OSError, ValueError):
         return False
     return bool(record["identity"]["version"] != __version__)
-
-
-def _continuations(folders: dict[str, Path]) -> dict[str, str]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folders["dense"])
-    written: dict[str, str] = {}
-    for name, folder in folders.items():
-        model: Any = load(folder)
-        written |= continuations({name: model}, tokenizer, PROMPT, max_new_tokens=40)
-    return written
 
 
 def _three_lines(folder: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from secateur.calibration.tokenise import load_tokenizer
 from secateur.checkpoint.manifest import RECORD
@@ -15,11 +16,31 @@ from secateur.plans import load_plan
 
 def pruned_from(folder: Path) -> str | None:
     """The model that a pruned (or recovered) folder was made from, if its record says."""
+    model = _record(folder).get("model")
+    found = model.get("spec") if isinstance(model, dict) else None
+    return str(found) if found else None
+
+
+def counted_before(folder: Path) -> dict[str, Any] | None:
+    """What was counted in the dense model that a pruned (or recovered) folder was made from, if its record says."""
+    record = _record(folder)
+    found = record.get("dense") or record.get("before")
+    return found if isinstance(found, dict) else None
+
+
+def recovered_from(folder: Path) -> str | None:
+    """The pruned model that a recovered folder was tuned from, if its record says."""
+    model = _record(folder).get("model")
+    found = model.get("recovered_from") if isinstance(model, dict) else None
+    return str(found) if found else None
+
+
+def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD / "run.json").read_text(encoding="utf-8"))
-        return str(record["model"]["spec"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def find_teacher(checkpoint: Checkpoint) -> Checkpoint:

@@ -9,12 +9,11 @@ from secateur.errors import RecipeError, suggest
 PRESETS = ("fast", "balanced", "best")
 
 
-def preset_fields(name: str, units: tuple[str, ...], chosen_blocks: bool) -> dict[str, Any]:
+def preset_fields(name: str, units: tuple[str, ...]) -> dict[str, Any]:
     """The fields of a recipe that a preset stands for.
 
     Args:
         units: what leaves, as in a recipe.
-        chosen_blocks: whether it is said already which blocks may be pruned.
 
     Raises:
         RecipeError: there is no such preset.
@@ -27,7 +26,7 @@ def preset_fields(name: str, units: tuple[str, ...], chosen_blocks: bool) -> dic
     masks = any(unit == "weight" or ":" in unit for unit in units)
     if masks and len(units) == 1:
         return _of_masks(name, pattern=":" in units[0])
-    return _of_cuts(name, units, chosen_blocks)
+    return _of_cuts(name, units, masks)
 
 
 def _of_masks(name: str, pattern: bool) -> dict[str, Any]:
@@ -40,11 +39,13 @@ def _of_masks(name: str, pattern: bool) -> dict[str, Any]:
     return {"criterion": "sparsegpt", "reconstruct": "block"} | spread
 
 
-def _of_cuts(name: str, units: tuple[str, ...], chosen_blocks: bool) -> dict[str, Any]:
+def _of_cuts(name: str, units: tuple[str, ...], masks: bool) -> dict[str, Any]:
     if name == "fast":
         return {"criterion": "wanda", "propagate": "dense"}
     spans = {"hidden", "block"} & set(units)  # no weights are updated then
     fields: dict[str, Any] = {"criterion": "taylor"} | ({} if spans else {"removal": "sparsegpt"})
     if name == "balanced" or spans:
         return fields
-    return fields | {"reconstruct": "block"} | ({} if chosen_blocks else {"allocation": "two-tier"})
+    # Query heads leave every group in equal number, and of masks each matrix has its own share.
+    ranked = {} if masks or "query" in units else {"allocation": "global"}
+    return fields | {"reconstruct": "block"} | ranked

@@ -405,7 +405,7 @@ def recipe_from(file: Path | None = None, **given: Any) -> Recipe:
     content.update({key: value for key, value in given.items() if value is not None})
     preset = content.pop("preset", None)
     if preset is not None:
-        content = preset_fields(str(preset), _units_of(content), "blocks" in content) | content
+        content = preset_fields(str(preset), _units_of(content)) | content
     for key in map(str, content):
         if key not in Recipe.model_fields:
             raise RecipeError(f"a recipe has no field '{key}'{suggest(key, Recipe.model_fields)}")

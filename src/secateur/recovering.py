@@ -23,7 +23,7 @@ from secateur.errors import PlanError, SecateurError
 from secateur.files import cache_folder, require_space
 from secateur.identities import calibration_identity, model_identity
 from secateur.loading import load
-from secateur.origin import find_teacher, kept_blocks, pruned_from
+from secateur.origin import counted_before, find_teacher, kept_blocks, pruned_from
 from secateur.plans import MASKS_FILE, PLAN_FILE, Plan, load_plan
 from secateur.realise import MODELLING_FILE, Realisation, check_inputs
 from secateur.recipe import Recipe
@@ -275,6 +275,8 @@ def _record(
     config: Any,
 ) -> None:
     before, after = count_checkpoint(checkpoint), count_folder(partial)
+    dense = counted_before(checkpoint.folder)
+    record |= {"dense": dense} if dense else {}
     count, length = text.ids_NT.shape
     record |= {
         "model": {

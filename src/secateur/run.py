@@ -31,6 +31,7 @@ from secateur.realise import Realisation, describe_sizes
 from secateur.recipe import Recipe
 from secateur.report.card import pruned_facts, write_card
 from secateur.report.count import count_checkpoint, count_folder
+from secateur.report.page import PAGE, write_run_page
 from secateur.report.words import asked, notes_in_words, reached
 from secateur.resuming import Start, applied, present_settings, read_start, source_digest
 from secateur.runfolder import (
@@ -256,6 +257,7 @@ def timed_run(out: Path, overwrite: bool, start: Start) -> Iterator[tuple[Work, 
         record["attempts"] = attempts(events)
         record["seconds"] = round(sum(attempt["seconds"] for attempt in record["attempts"]), 2)
         record["stages"] = stage_seconds(events)
+        write_run_page(work.folder, record)
         # Whole on the disk before the record says so; with the record there, only the renaming is left.
         sync_tree(work.folder)
         write_json(work.record / RUN_FILE, record, durable=True)
@@ -376,7 +378,7 @@ def already_complete(out: Path, push: str | None) -> Result:
 
 
 def finished(out: Path, record: dict[str, Any], push: str | None) -> Result:
-    log.info("The result is in %s (%.0f s).", out, record["seconds"])
+    log.info("The result is in %s (%.0f s); what was done to it, to look at: %s.", out, record["seconds"], out / PAGE)
     if push:
         push_folder(out, push)
     return Result(out, record)

@@ -232,8 +232,9 @@ def test_presets_give_way_to_what_is_said():
     with pytest.raises(RecipeError, match="did you mean 'best'"):
         recipe_from(model="m", preset="bets")
     assert recipe_from(model="m", preset="fast", unit="block").criterion == "influence"
-    assert recipe_from(model="m", preset="best").allocation == "two-tier"
-    assert recipe_from(model="m", preset="best", blocks="1:2").allocation == "uniform"
+    assert recipe_from(model="m", preset="best").allocation == "global"
+    assert recipe_from(model="m", preset="best", unit="query").allocation == "uniform"
+    assert recipe_from(model="m", preset="best", allocation="two-tier").allocation == "two-tier"
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4])

@@ -26,6 +26,7 @@ from secateur.comparison.folder import (
     CHILD_LOG,
     COMPARISON,
     DENSE,
+    PAGE,
     RECIPE,
     RECIPES,
     SCRATCH,
@@ -126,7 +127,7 @@ def compare(
         _measure(folder, checkpoint, runs, held_out)
         comparison = _gathered(folder, checkpoint, entries, runs, held_out, calibration, notes)
         _write(comparison)
-    log.info("The comparison is in %s.", out)
+    log.info("The comparison is in %s; to look at: %s.", out, out / PAGE)
     return comparison
 
 
@@ -373,8 +374,10 @@ def _dense_row(checkpoint: Checkpoint, dense: Mapping[str, Any]) -> Row:
 
 def _write(comparison: Comparison) -> None:
     from secateur.report.comparison import comparison_markdown
+    from secateur.report.page import write_comparison_pages
 
     write_json(comparison.folder / COMPARISON, comparison.record)
+    write_comparison_pages(comparison)
     for name, text in zip(TABLES, (comparison.to_csv(), comparison_markdown(comparison)), strict=True):
         with atomic_file(comparison.folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

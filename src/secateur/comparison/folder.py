@@ -23,7 +23,8 @@ RESULT, RECIPE, CHILD_LOG = "result.json", "recipe.yaml", "log.txt"
 RECIPES, CALIBRATION, SCRATCH = "recipes", "calibration", "scratch"
 COMPARISON, STARTED, DENSE, LOCK = "compare.json", "comparison.json", "dense.json", ".lock"
 TABLES = ("compare.csv", "compare.md")
-OURS = (RECIPES, CALIBRATION, SCRATCH, COMPARISON, STARTED, DENSE, LOCK, *TABLES)
+PAGE = "report.html"
+OURS = (RECIPES, CALIBRATION, SCRATCH, COMPARISON, STARTED, DENSE, LOCK, PAGE, *TABLES)
 """Everything that a comparison writes; a folder with anything else in it is somebody's."""
 
 

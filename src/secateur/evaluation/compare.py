@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from secateur.calibration import TokenWindows, text_windows
 from secateur.calibration.tokenise import load_tokenizer
 from secateur.console import log
 from secateur.errors import CalibrationError, SecateurError
+from secateur.evaluation.continuation import continuations
 from secateur.evaluation.divergence import Divergence
 from secateur.evaluation.efficiency import DECODE_STEPS, Size, Speed, measure_speed, size_of
 from secateur.evaluation.perplexity import Perplexity, side_by_side, vocabulary_of
@@ -28,6 +29,12 @@ SPEED_TOKENS = 128
 
 SPEED_BATCHES = (1, 8)
 """Sequences at once for which speed is measured: one user, and a few."""
+
+PROMPT = "The three most important things to know about growing apple trees are"
+"""What models continue where nothing else is asked for."""
+
+CONTINUED = 40
+"""Tokens of a continuation."""
 
 MOST_WITH_RATIOS = 3
 """With more models than this, ratios to the first would not fit a terminal of 100 columns."""
@@ -59,12 +66,14 @@ class Evaluation:
         protocol: what perplexity and speed were measured on and how, for people.
         text: the text source as given.
         windows_sha256: identifies the token windows exactly.
+        continuations: by prompt, what each model wrote after it.
     """
 
     models: dict[str, ModelFigures]
     protocol: str
     text: str
     windows_sha256: str
+    continuations: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain dicts, strings and numbers."""
@@ -108,6 +117,7 @@ def evaluate(
     repeats: int = 5,
     batch_size: int = 1,
     speed_batches: Sequence[int] = SPEED_BATCHES,
+    prompts: Sequence[str] = (),
 ) -> Evaluation:
     """Measure models on the same token windows, cut with the first one's tokenizer.
 
@@ -123,6 +133,7 @@ def evaluate(
         repeats: how often each is timed.
         batch_size: windows at once for perplexity.
         speed_batches: sequences at once for speed.
+        prompts: beginnings that every model continues, with the first one's tokenizer; left out where there is none.
 
     Raises:
         CalibrationError: the text cannot be used.
@@ -137,9 +148,12 @@ def evaluate(
     figures: dict[str, tuple[Perplexity, Divergence | None]] = {}
     sizes: dict[str, Size] = {}
     resident: dict[str, nn.Module] = {}
+    written: dict[str, dict[str, str]] = {prompt: {} for prompt in prompts}
     for name, folder in models.items():
         model = load(folder)
         sizes[name] = size_of(model, folder, prompt_1T)
+        for prompt, texts in written.items():
+            texts |= _continued({name: model}, next(iter(models.values())), prompt)
         if speed:
             resident[name] = model
         else:
@@ -153,7 +167,16 @@ def evaluate(
         name: ModelFigures(str(models[name]), figures[name][0], sizes[name], speeds.get(name), figures[name][1])
         for name in models
     }
-    return Evaluation(measured, _protocol(measured, windows, prompt_1T.shape[1]), text, windows.sha256)
+    said = {prompt: texts for prompt, texts in written.items() if texts}
+    return Evaluation(measured, _protocol(measured, windows, prompt_1T.shape[1]), text, windows.sha256, said)
+
+
+def _continued(model: Mapping[str, nn.Module], first: Path, prompt: str) -> dict[str, str]:
+    try:
+        tokenizer = load_tokenizer(first)
+    except CalibrationError:
+        return {}  # windows of token ids need none
+    return continuations(model, tokenizer, prompt, CONTINUED)
 
 
 def _alike(models: Mapping[str, Path], loaded: Mapping[str, nn.Module]) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-BINS_AN_OCTAVE = 2
+BINS_AN_OCTAVE = 4
 """Bins are equally wide on a logarithmic scale: so many for each doubling of the score."""
 
 SAMPLE = 2**18

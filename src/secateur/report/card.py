@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from secateur.checkpoint.architecture import Loading
-from secateur.files import human_bytes
+from secateur.files import atomic_file, human_bytes
 from secateur.plans import Plan
+from secateur.report.measured import PERPLEXITY, TASKS, read_measured
+from secateur.report.measures import by_task, evaluated, task_means, task_rows
 
 Facts = dict[str, Any]
+
+FIGURES_BEGIN, FIGURES_END = "<!-- figures -->", "<!-- end of figures -->"
+"""What stands between them is written anew when more has been measured."""
 
 
 def model_card(facts: Facts) -> str:
@@ -17,7 +23,8 @@ def model_card(facts: Facts) -> str:
 
     Args:
         facts: what ``run`` recorded: ``title``, ``model`` (spec, hub_id, card), ``what`` (one sentence), ``before`` and
-            ``after`` (parameters, bytes, zeros, prunable), ``asked``, ``calibration``, ``uneven``, ``load``, ``figures``, ``recipe`` (YAML).
+            ``after`` (parameters, bytes, zeros, prunable), ``asked``, ``calibration``, ``uneven``, ``load``, ``measured`` (what
+            ``read_measured`` gives), ``recipe`` (YAML).
     """
     from huggingface_hub import ModelCardData
 
@@ -37,7 +44,7 @@ def model_card(facts: Facts) -> str:
         f"# {facts['title']}",
         facts["what"],
         _sizes_table(facts),
-        _figures(facts.get("figures")),
+        FIGURES_BEGIN + "\n" + figures_markdown(facts.get("measured") or {}) + FIGURES_END,
         "## How it was chosen\n\n" + _how(facts),
         "## Load it\n\n" + _load(facts),
         "## Recipe\n\nEverything needed to make it again; the full plan is in `secateur/plan.json`.\n\n"
@@ -65,7 +72,7 @@ def pruned_facts(plan: Plan, source_card: Facts, record: Facts) -> Facts:
         "calibration": record["calibration"],
         "uneven": record["uneven"],
         "load": record["load"],
-        "figures": _figures_of(record.get("evaluation")),
+        "measured": {PERPLEXITY: record["evaluation"]} if "evaluation" in record else {},
         "recipe": plan.recipe.to_yaml(),
     }
 
@@ -86,20 +93,7 @@ def recovered_facts(record: Facts, title: str, recipe: str | None) -> Facts:
         "calibration": data,
         "uneven": record["uneven"],
         "load": record["load"],
-        "figures": None,
         "recipe": recipe or "model: unknown",
-    }
-
-
-def _figures_of(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The card's table of an evaluation's JSON."""
-    if not evaluation:
-        return None
-    models = evaluation["models"]
-    return {
-        "columns": list(models),
-        "rows": {"perplexity": [f"{entry['perplexity']['value']:.2f}" for entry in models.values()]},
-        "protocol": evaluation["protocol"],
     }
 
 
@@ -123,13 +117,42 @@ def _share(count: dict[str, Any]) -> str:
     return f"{100 * count['zeros'] / max(1, count['prunable']):.2f} %"
 
 
-def _figures(figures: Facts | None) -> str:
-    if not figures:
-        return ""
-    header = "| " + " | ".join(["", *figures["columns"]]) + " |"
-    rule = "|---" * (len(figures["columns"]) + 1) + "|"
-    rows = [f"| {name} | " + " | ".join(values) + " |" for name, values in figures["rows"].items()]
-    return "\n".join(["## Figures", "", figures["protocol"], "", header, rule, *rows])
+def figures_markdown(measured: Mapping[str, Any]) -> str:
+    """The card's figures: what ``evaluate`` measured, with tasks or without; empty where nothing was measured yet."""
+    parts = []
+    if found := measured.get(PERPLEXITY):
+        table = evaluated(found)
+        cells = {
+            label: [f"{cell.text} ({cell.ratio})" if cell.ratio else cell.text for cell in row]
+            for label, row in table.rows
+        }
+        parts += [table.note, _markdown(table.heads, cells)]
+    if found := measured.get(TASKS):
+        rows = by_task(task_rows(found))
+        for mean in task_means(found):
+            error = "" if mean["error"] is None else f" ± {mean['error']:.3f}"
+            rows.setdefault(f"mean ({mean['metric']})", []).append(f"{mean['value']:.3f}{error}")
+            rows.setdefault("share of the first's", []).append("" if mean["kept"] is None else f"{mean['kept']:.1%}")
+        parts += [found["protocol"], _markdown(list(found["models"]), rows)]
+    return "\n\n".join(["## Figures", *parts]) + "\n" if parts else ""
+
+
+def refresh_card(folder: Path) -> None:
+    """Put what has been measured since into a written card; one that somebody has written anew is left as it is."""
+    file = folder / "README.md"
+    if not file.is_file():
+        return
+    before, begin, rest = file.read_text(encoding="utf-8").partition(FIGURES_BEGIN)
+    _, end, after = rest.partition(FIGURES_END)
+    if begin and end:
+        with atomic_file(file) as temporary:
+            text = f"{before}{begin}\n{figures_markdown(read_measured(folder))}{end}{after}"
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _markdown(heads: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    lines = [["", *heads], ["---"] * (len(heads) + 1), *([label, *cells] for label, cells in rows.items())]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def _how(facts: Facts) -> str:

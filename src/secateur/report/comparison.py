@@ -41,7 +41,7 @@ def comparison_table(comparison: Comparison) -> RenderableType:
         table.add_column(head, justify="right", overflow="fold")
     for cells in rows:
         table.add_row(*map(Text, cells))
-    return Group(table, Text("\n".join(["", *_notes(comparison)])))
+    return Group(table, Text("\n".join(["", *notes_of(comparison)])))
 
 
 def comparison_markdown(comparison: Comparison) -> str:
@@ -50,7 +50,7 @@ def comparison_markdown(comparison: Comparison) -> str:
     heads = [head.replace("-\n", "").replace("\n", " ") for head in heads]
     lines = [heads, ["---", *(["---:"] * (len(heads) - 1))], *rows]
     table = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines)
-    return f"{table}\n\n" + "".join(f"{note}\n\n" for note in _notes(comparison)).rstrip() + "\n"
+    return f"{table}\n\n" + "".join(f"{note}\n\n" for note in notes_of(comparison)).rstrip() + "\n"
 
 
 def _cells(comparison: Comparison) -> list[list[str]]:
@@ -60,11 +60,12 @@ def _cells(comparison: Comparison) -> list[list[str]]:
     for row in comparison.rows:
         marks = "".join(mark for mark, said in (("†", row.found), ("‡", row.resumed)) if said)
         count = [str(len(row.values["perplexity"]))] if seeds else []
-        rows.append([row.name, *count, *(_cell(row, figure, marks) for figure in COLUMNS)])
+        rows.append([row.name, *count, *(cell_text(row, figure, marks) for figure in COLUMNS)])
     return [heads, *rows]
 
 
-def _cell(row: Row, figure: str, marks: str) -> str:
+def cell_text(row: Row, figure: str, marks: str = "") -> str:
+    """One figure of a row, as it is shown; empty where there is none."""
     mean, deviation = row.mean(figure), row.deviation(figure)
     if mean is None:
         return "failed" if row.failed is not None and figure == "perplexity" else ""
@@ -75,7 +76,8 @@ def _cell(row: Row, figure: str, marks: str) -> str:
     return text + (marks if figure == "seconds" else "")
 
 
-def _notes(comparison: Comparison) -> list[str]:
+def notes_of(comparison: Comparison) -> list[str]:
+    """What has to be said beside the figures, a sentence each."""
     record = comparison.record
     notes = [f"{record['protocol']}. KL(dense || pruned) in nats a token."]
     notes += record["notes"]
