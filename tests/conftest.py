@@ -11,8 +11,10 @@ import torch
 from families_table import pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401 - hooks
 from tiny_models import tiny_llama
 
-from secateur import console
+from secateur import console, measuring, run
 from secateur.checkpoint.architecture import named_inputs
+from secateur.report import page
+from secateur.report.page.library import charting_script
 
 REFERENCE = Path(__file__).parents[1].parent / "shared" / "reference"
 
@@ -23,10 +25,37 @@ def _quiet() -> None:
     torch.set_num_threads(1)  # xdist runs several of us at once
 
 
+@pytest.fixture(scope="session")
+def charting_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pages' script, made once for all tests of a process."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("library")
+        patch.setenv("SECATEUR_CACHE", str(folder))
+        charting_script()
+    return folder / "page"
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charting_library: Path) -> None:
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "page").symlink_to(charting_library)
+
+
+@pytest.fixture(autouse=True)
+def _blank_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page takes longer to draw than a tiny model to prune: only tests marked ``pages`` draw them in this process."""
+    if request.node.get_closest_marker("pages") is not None:
+        return
+
+    def blank(folder: Path, record: Any = None) -> Path:
+        (folder / page.PAGE).write_text("blank", encoding="utf-8")
+        return folder / page.PAGE
+
+    monkeypatch.setattr(run, "write_run_page", blank)
+    monkeypatch.setattr(measuring, "write_run_page", blank)
+    monkeypatch.setattr(page, "write_comparison_pages", lambda comparison: blank(comparison.folder))
 
 
 @pytest.fixture

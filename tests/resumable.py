@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 LOGS = {"secateur/log.txt", "secateur/log.jsonl"}
 """The only files of a result in which an interrupted run may be seen, beside the record's TIMINGS."""
 
-RECORD = "secateur/run.json"
+RECORD, PAGE = "secateur/run.json", "report.html"
 TIMINGS = ("seconds", "stages", "attempts")
 
 RECIPES: dict[str, list[str]] = {
@@ -54,6 +55,8 @@ def contents(folder: Path) -> dict[str, Any]:
         if file.is_file() and name not in LOGS:
             found[name] = file.read_bytes()
     record = json.loads(found[RECORD])
+    if PAGE in found:  # which tells the timings too
+        found[PAGE] = re.sub(rb"<h2>What the run took</h2>.*?</table>", b"", found[PAGE], flags=re.DOTALL)
     found[RECORD] = {key: value for key, value in record.items() if key not in TIMINGS}
     return found
 

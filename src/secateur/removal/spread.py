@@ -13,8 +13,8 @@ BINS_AN_OCTAVE = 4
 SAMPLE = 2**18
 """Scores of one matrix that are looked at: of a larger one every so-many-th row."""
 
-LARGEST = 1000 * BINS_AN_OCTAVE
-"""No float32, and hardly a float64, lies beyond this bin."""
+LARGEST = 1100 * BINS_AN_OCTAVE
+"""No float64 lies beyond this bin."""
 
 
 class ScoreSpread(BaseModel):

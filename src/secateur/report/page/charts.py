@@ -24,8 +24,8 @@ SERIES = [STAYS, GOES, THIRD, FOURTH, "#5b8ac6", "#8a8f3c"]
 FONT = "system-ui, sans-serif"
 """Vega measures words in it before the page draws them."""
 
-ROW = 20
-"""Pixels of one row of a heat map."""
+ROW, HEADROOM = 20, 84
+"""Pixels of one row of a heat map, and of its legend and axis."""
 
 
 def _spec(chart: Any, description: str) -> Spec:
@@ -37,8 +37,7 @@ def _spec(chart: Any, description: str) -> Spec:
         "background": "transparent",
     }
     spec: Spec = chart.properties(description=description).configure(**config).to_dict()
-    # Where rows have a height of their own the chart is as high as they are.
-    spec["autosize"] = {"type": "fit-x" if isinstance(spec.get("height"), dict) else "fit", "contains": "padding"}
+    spec["autosize"] = {"type": "fit", "contains": "padding"}
     return spec
 
 
@@ -52,13 +51,14 @@ def heat_map(shares: Mapping[str, Mapping[int, Mapping[str, Any]]], blocks: int)
     Args:
         shares: by row and block: ``share`` that left, ``gone`` and ``of``.
     """
+    height = ROW * len(shares) + HEADROOM
     rows = [
         {"part": part, "block": block, **cell} for part, own in shares.items() for block, cell in sorted(own.items())
     ]
     most = max((row["share"] for row in rows), default=0) or 1
     ticks = list(range(0, blocks, max(1, math.ceil(blocks / 16))))
     chart = (
-        alt.Chart(_inline(rows), width="container", height={"step": ROW})
+        alt.Chart(_inline(rows), width="container", height=height)
         .mark_rect(color=GOES)
         .encode(
             x=alt.X("block:O", title="block", scale=alt.Scale(domain=list(range(blocks)), padding=0.06))

@@ -1,0 +1,194 @@
+"""The page of a run: written by every stage, complete, honest, escaped, and part of a result like any other file."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import secateur
+from secateur.plans import load_plan
+from secateur.report.measured import MEASURED, TASKS, note_measured, read_measured
+from secateur.report.page import PAGE, write_run_page
+from secateur.report.page.charts import front
+from secateur.report.page.run import run_facts, shares_of
+
+pytestmark = [pytest.mark.usefixtures("same_process"), pytest.mark.pages]
+
+
+@pytest.fixture
+def cut(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
+    secateur.prune(str(llama_folder), tmp_path / "cut", unit="head,channel", ratio=0.5, calibration=str(windows_file))
+    return tmp_path / "cut"
+
+
+def record_of(folder: Path) -> dict:
+    return json.loads((folder / "secateur" / "run.json").read_text())
+
+
+def facts_of(folder: Path) -> dict:
+    return run_facts(folder, record_of(folder))
+
+
+def values_of(spec: dict) -> list[dict]:
+    """All rows of a chart's data, which Altair may have moved into named datasets."""
+    found = list(spec.get("data", {}).get("values", []))
+    for layer in spec.get("layer", []):
+        found += layer.get("data", {}).get("values", [])
+    return found + [row for rows in spec.get("datasets", {}).values() for row in rows]
+
+
+def test_prune_and_apply_write_a_page_that_needs_nothing_else(cut, tmp_path):
+    secateur.apply(cut, tmp_path / "again")
+    for folder in (cut, tmp_path / "again"):
+        page = (folder / PAGE).read_text()
+        assert "vegaEmbed" in page
+        outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+        assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", outside)
+        assert "default-src 'none'" in html.unescape(page)
+        assert "has not been measured" in page
+
+
+def test_the_map_is_what_the_plan_takes(cut):
+    plan = load_plan(cut)
+    cells = {(row["part"], row["block"]): row for row in values_of(facts_of(cut)["where"])}
+    for entry in plan.blocks:
+        for one in entry.cuts:
+            cell = cells.pop((one.kind, entry.block))
+            assert (cell["gone"], cell["of"]) == (len(one.removed), one.count)
+            assert cell["share"] == len(one.removed) / one.count
+    assert not cells
+
+
+def test_masks_are_shown_by_matrix_with_their_scores(llama_folder, windows_file, tmp_path):
+    secateur.prune(
+        str(llama_folder),
+        tmp_path / "sparse",
+        criterion="wanda",
+        unit="weight",
+        ratio=0.3,
+        calibration=str(windows_file),
+    )
+    plan = load_plan(tmp_path / "sparse")
+    shares, _ = shares_of(plan)
+    masks = plan.blocks[0].masks
+    assert shares["self_attn.q_proj"][0]["gone"] == masks["self_attn.q_proj.weight"].zeros
+    assert len(facts_of(tmp_path / "sparse")["scores"]) == len(masks)
+    for name, spread in plan.blocks[0].scores.items():
+        gone, kept = sum(spread.gone) + spread.nothing[1], sum(spread.kept) + spread.nothing[0]
+        assert (gone, gone + kept) == (masks[name].zeros, masks[name].shape[0] * masks[name].shape[1])
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        dict(criterion="influence", unit="block", ratio=0.5),
+        dict(criterion="angular", unit="block", ratio=0.5),
+        dict(criterion="sparsegpt", unit="weight", ratio=0.5),
+        dict(criterion="taylor", unit="channel", ratio=0.5, steps=2),
+        dict(criterion="taylor", unit="hidden", ratio=0.25),
+        dict(criterion="taylor", unit="head,channel", ratio=0.3, allocation="global"),
+        dict(criterion="gblm", unit="2:4"),
+        dict(criterion="taylor", unit="channel", ratio=0.3, allocation="sensitivity"),
+    ],
+    ids=lambda recipe: f"{recipe['criterion']} {recipe['unit']}",
+)  # fmt: skip
+def test_every_kind_of_run_has_a_page(recipe, llama_folder, windows_file, tmp_path):
+    secateur.prune(str(llama_folder), tmp_path / "out", calibration=str(windows_file), **recipe)
+    facts = facts_of(tmp_path / "out")
+    assert facts["where"] is not None or recipe["unit"] == "hidden"
+    assert facts["left"]
+    assert (tmp_path / "out" / PAGE).stat().st_size > 100_000
+
+
+def test_what_is_measured_later_goes_into_page_and_card(cut, windows_file, tmp_path, command):
+    secateur.recover(cut, tmp_path / "tuned", data=str(windows_file), steps=2, batch_size=2)
+    assert command("evaluate", tmp_path / "tuned", "--text", windows_file)[0] == 0
+    facts = facts_of(tmp_path / "tuned")
+    assert facts["tables"][0].heads == ["model", "cut", "tuned"]  # dense, pruned and recovered
+    assert any("perplexity" in part for part in facts["verdict"])
+    assert any("decode" in part for part in facts["verdict"])
+    assert facts["training"]["lines"][0].startswith("lora")
+    losses = [row["loss"] for row in values_of(facts["training"]["chart"]) if row["on"] == "training"]
+    assert losses == record_of(tmp_path / "tuned")["training"]["losses"]
+    value = read_measured(tmp_path / "tuned")["evaluation"]["models"]["tuned"]["perplexity"]["value"]
+    for file in (PAGE, "README.md"):
+        assert f"{value:,.2f}" in (tmp_path / "tuned" / file).read_text()
+    assert "--batch-size 2 --steps 2" in facts["reproduce"]
+    # Nobody counts parameters from the pruned model: the dense one is what was there before.
+    assert facts["verdict"][0] == run_facts(cut, record_of(cut))["verdict"][0]
+
+
+def test_tasks_are_shown_with_their_errors(cut):
+    score = {"value": 0.5, "standard_error": 0.05, "higher_is_better": True}
+    own = {"folder": str(cut), "dtype": "float32", "scores": {"piqa": {"acc": score, "acc_norm": score}}, "cut": 0}
+    models = {
+        "model": own | {"means": {"acc_norm": score}, "kept": {}},
+        "cut": own | {"means": {"acc_norm": score | {"value": 0.4}}, "kept": {"acc_norm": 0.8}},
+    }
+    tasks = {"models": models, "questions": {"piqa": 10}, "versions": {}, "protocol": "as asked"}
+    note_measured(cut, TASKS, {**tasks, "roles": {"own": "cut", "dense": "model"}})
+    facts = facts_of(cut)
+    rows = values_of(facts["tasks"]["chart"])
+    assert {(row["model"], row["low"], row["high"]) for row in rows} == {("model", 0.45, 0.55), ("cut", 0.45, 0.55)}
+    assert "80.0% of the dense model's task scores kept" in facts["verdict"]
+    page = write_run_page(cut).read_text()
+    assert "0.500 ± 0.050" in page
+
+
+def test_a_card_that_somebody_wrote_anew_is_left_alone(cut, windows_file, command):
+    (cut / "README.md").write_text("mine")
+    assert command("evaluate", cut, "--text", windows_file, "--no-speed")[0] == 0
+    assert (cut / "README.md").read_text() == "mine"
+    assert "perplexity" in (cut / PAGE).read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_measured_all_the_same(cut, windows_file, command, monkeypatch):
+    before = (cut / PAGE).read_bytes()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and real(path, mode))
+    code, out, said = command("evaluate", cut, "--text", windows_file, "--no-speed")
+    assert code == 0
+    assert "perplexity" in out
+    assert "cannot be written" in said
+    assert (cut / PAGE).read_bytes() == before
+
+
+def test_words_of_a_model_cannot_become_part_of_the_page(cut, windows_file):
+    evil = "</script><script>alert(1)</script><!-- {{ 7 * 7 }}"
+    secateur.evaluate([str(cut)], text=str(windows_file), speed=False)
+    content = read_measured(cut)["evaluation"]
+    content["continuations"] = {evil: {evil: evil}}
+    content["protocol"] = evil
+    note_measured(cut, "evaluation", content)
+    page = write_run_page(cut).read_text()
+    assert "alert(1)" in page
+    assert "<script>alert" not in page
+    assert "49" not in page.split("alert(1)")[1][:40]
+
+
+def test_the_same_run_gives_the_same_page(llama_folder, windows_file, tmp_path):
+    from resumable import contents
+
+    pages = []
+    for _ in range(2):
+        secateur.prune(str(llama_folder), tmp_path / "out", unit="channel", ratio=0.5, calibration=str(windows_file))
+        pages.append(contents(tmp_path / "out")[PAGE])
+        shutil.rmtree(tmp_path / "out")
+    assert pages[0] == pages[1]
+
+
+def test_a_damaged_measurement_is_as_none(cut):
+    (cut / "secateur" / MEASURED).write_text("{")
+    assert read_measured(cut) == {}
+    write_run_page(cut)
+
+
+def test_the_front_of_a_cloud():
+    points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (1.0, 5.0)]
+    assert front(points) == {0, 1, 4}
