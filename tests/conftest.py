@@ -36,17 +36,17 @@ def charting_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, charting_library: Path) -> None:
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECATEUR_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "page").symlink_to(charting_library)
 
 
 @pytest.fixture(autouse=True)
-def _blank_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _blank_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A page takes longer to draw than a tiny model to prune: only tests marked ``pages`` draw them in this process."""
     if request.node.get_closest_marker("pages") is not None:
+        (tmp_path / "cache").mkdir()
+        (tmp_path / "cache" / "page").symlink_to(request.getfixturevalue("charting_library"))
         return
 
     def blank(folder: Path, record: Any = None) -> Path:
