@@ -446,6 +446,8 @@ def recover(
         seed=seed,
     )  # fmt: skip
     result = recover_folder(model, out, data, windows, window_length, settings, overwrite, push_to_hub)
+    if result.folder is None:
+        return  # another worker leads, and prints
     if as_json:
         _print_json({"out": str(result.folder), "already_complete": result.complete_before, **result.record})
     else:

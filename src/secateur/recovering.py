@@ -34,10 +34,11 @@ from secateur.resuming import Start, present_settings, source_digest
 from secateur.run import Result, already_complete, finished, stage, timed_run
 from secateur.runfolder import Work, absolute, check_apart, finished_before
 from secateur.structure import Structure, find_all_units
-from secateur.workers import alone
+from secateur.workers import join
 
 if TYPE_CHECKING:
     from secateur.recovery import RecoverySettings
+    from secateur.recovery.settings import RecoveryLog
 
 TRAINING = "training"
 """The folder of checkpoints in a run's scratch."""
@@ -62,14 +63,15 @@ def recover_folder(
 ) -> Result:
     """Tune ``spec`` by ``settings.method``, merge, write to ``out``, and check it in a fresh process.
 
-    A run that died goes on in ``OUT.partial`` when the same is asked for again.
+    A run that died goes on in ``OUT.partial`` when the same is asked for again. Several processes that ``torchrun`` or ``accelerate
+    launch`` has started share the windows of every step.
 
     Raises:
         SecateurError: whatever the user can mend; nothing is left behind, except by too little memory or disk.
     """
     from secateur.recovery import RecoverySettings, Teacher, recover_model
 
-    alone("recover")
+    workers = join()
     settings, out = settings or RecoverySettings(), absolute(out)
     method = settings.parsed_method()
     checkpoint = open_checkpoint(spec)
@@ -78,6 +80,31 @@ def recover_folder(
     dense = find_teacher(checkpoint) if method.needs_teacher else None
     skeleton = checkpoint.skeleton
     structure = find_all_units(skeleton.model, skeleton.blocks_name) if method.needs_units else None
+
+    def tuned(ids_NT: torch.Tensor, folder: Path) -> tuple[Any, RecoveryLog, dict[str, torch.Tensor]]:
+        masks = sparse_masks(checkpoint)
+        if masks:
+            log.info("%d matrices are sparse; their zeros are kept through training and merging.", len(masks))
+        model = load(checkpoint.folder)
+        teacher = Teacher(load(dense.folder), kept_blocks(checkpoint, dense)) if dense is not None else None
+        with stage("training"):
+            training = recover_model(
+                model,
+                ids_NT,
+                settings,
+                masks or None,
+                folder=folder,
+                teacher=teacher,
+                structure=structure,
+                workers=workers,
+            )
+        return model, training, masks
+
+    if not workers.leads:
+        given = workers.first(None)
+        if given is not None:
+            tuned(*given)
+        return Result(None, complete_before=given is None)
     identity = {
         "command": "recover",
         "version": secateur.__version__,
@@ -87,28 +114,16 @@ def recover_folder(
         "settings": settings.model_dump(mode="json"),
         "teacher": dense.content_hash if dense is not None else None,
     }
-    start = Start(identity, present_settings(settings.micro_batch, placement_for("auto", torch.float32)), overwrite)
+    placement = placement_for("auto", torch.float32)
+    start = Start(identity, present_settings(settings.micro_batch, placement, workers.size), overwrite)
     if finished_before(out, start, overwrite):
+        workers.first(None)
         return already_complete(out, push_to_hub)
     with timed_run(out, overwrite, start) as (work, record):
         partial = work.folder
         text = _training_windows(checkpoint, data, windows, window_length, settings.seed)
-        masks = sparse_masks(checkpoint)
-        if masks:
-            log.info("%d matrices are sparse; their zeros are kept through training and merging.", len(masks))
-        model = load(checkpoint.folder)
-        teacher = Teacher(load(dense.folder), kept_blocks(checkpoint, dense)) if dense is not None else None
-        with stage("training"):
-            training = recover_model(
-                model,
-                text.ids_NT,
-                settings,
-                masks or None,
-                folder=work.scratch / TRAINING,
-                teacher=teacher,
-                structure=structure,
-            )
-        del teacher
+        workers.first((text.ids_NT, work.scratch / TRAINING))
+        model, training, masks = tuned(text.ids_NT, work.scratch / TRAINING)
         if training.removed:
             assert structure is not None
             config = _write_cut(checkpoint, model, work, record, training.removed, structure, text)

@@ -139,9 +139,11 @@ class Start:
         if before == now:
             return now
         if not self.other_workers:
+            instead = "--other-workers to go on although sums may then differ in their last bits"
+            if self.identity.get("command") == "recover":  # each worker's random state is kept
+                instead = "--overwrite to start over"
             raise OutputError(
-                f"{folder} holds an unfinished run with {before} workers, and this one has {now}; give as many, or "
-                "--other-workers to go on although sums may then differ in their last bits"
+                f"{folder} holds an unfinished run with {before} workers, and this one has {now}; give as many, or {instead}"
             )
         workers = "one worker" if now == 1 else f"{now} workers"
         log.warning("Going on with %s instead of %d: sums may differ in their last bits.", workers, before)

@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from secateur.files import atomic_file, remove_temporaries, sync, sync_tree
 from secateur.recovery.methods import Student
+from secateur.workers import ALONE, Workers
 
 PREFIX, TRAINED, BEST = "checkpoint-", "trained.safetensors", "best.safetensors"
 
@@ -46,18 +48,21 @@ class Checkpoints:
     student: Student
     folder: Path
 
-    def begin(self, student: Student, folder: Path) -> None:
-        """Say what is saved, and where."""
-        self.student, self.folder = student, folder
-        self.folder.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(folder)
+    def begin(self, student: Student, folder: Path, workers: Workers = ALONE) -> None:
+        """Say what is saved, and where, and by whom: the first of ``workers`` writes all but the others' random states."""
+        self.student, self.folder, self.workers = student, folder, workers
+        if workers.leads:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            remove_temporaries(folder)
+        workers.wait()
         self._place: str | None = None
         self._saved_at, self._cost = time.monotonic(), 0.0
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch: divide by their number
 
     def is_checkpoint_due(self) -> bool:
         """Whether the work since the last checkpoint is worth writing one. It changes no bit of the result."""
-        return time.monotonic() - self._saved_at >= max(LEAST_SECONDS, SHARE * self._cost)
+        due = time.monotonic() - self._saved_at >= max(LEAST_SECONDS, SHARE * self._cost)
+        return bool(self.workers.first(due))
 
     def found_folder(self) -> str | None:
         """The last whole checkpoint's folder; None where there is none."""
@@ -86,17 +91,26 @@ class Checkpoints:
         began = time.monotonic()
         name = f"{PREFIX}{self.state.global_step}"  # type: ignore[attr-defined]
         final = self.folder / name
-        if not final.exists():
-            with tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=self.folder) as self._place:
+        leads = self.workers.leads
+        if self.workers.first(not final.exists()):
+            with self._temporary() if leads else nullcontext(None) as own:
+                self._place = self.workers.first(own)
+                assert self._place is not None
                 super()._save_checkpoint(model, trial)  # type: ignore[misc]
-                sync_tree(Path(self._place) / name)
-                os.replace(Path(self._place) / name, final)
+                self.workers.wait()
+                if leads:
+                    sync_tree(Path(self._place) / name)
+                    os.replace(Path(self._place) / name, final)
             self._place = None
             sync(self.folder)
-        for other in self.folder.glob(f"{PREFIX}*"):
+        for other in self.folder.glob(f"{PREFIX}*") if leads else ():
             if other != final:
                 shutil.rmtree(other)
+        self.workers.wait()
         self._saved_at, self._cost = time.monotonic(), time.monotonic() - began
+
+    def _temporary(self) -> Any:
+        return tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=self.folder)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         assert output_dir is not None

@@ -27,6 +27,7 @@ from secateur.recovery.methods import Task
 from secateur.recovery.settings import RecoveryLog, RecoverySettings, Schedule, schedule
 from secateur.recovery.teacher import Teacher
 from secateur.structure import Structure
+from secateur.workers import ALONE, Workers
 
 
 def recover_model(
@@ -38,6 +39,7 @@ def recover_model(
     folder: Path | None = None,
     teacher: Teacher | None = None,
     structure: Structure | None = None,
+    workers: Workers = ALONE,
 ) -> RecoveryLog:
     """Train a model by ``settings.method`` and fold what was learnt into its weights, in place.
 
@@ -56,6 +58,7 @@ def recover_model(
         teacher: the dense model, for a method that needs one.
         structure: the model's units, for a method that lets some leave. They are silenced here (what reads them is zeroed), and
             ``RecoveryLog.removed`` names them, so that a caller can cut.
+        workers: processes that share the windows of every step; each calls this with the same arguments and gets the same model.
 
     Raises:
         CalibrationError: the windows are too few, too short or hold unknown tokens.
@@ -71,7 +74,7 @@ def recover_model(
     method.check(model)
     kept = _checked_masks(model, masks or {})
     held_out_NT, train_NT = _split(_checked_windows(model, ids_NT), settings)
-    plan = schedule(settings, len(train_NT))
+    plan = schedule(settings, len(train_NT), workers.size)
     from secateur.recovery.training import train
 
     log.info(
@@ -89,7 +92,7 @@ def recover_model(
             for note in task.notes:
                 log.info(note)
             trainable = sum(parameter.numel() for parameter in student.trained().values())
-            trained = train(student, ordered_ST, held_out_NT, plan, settings, Path(name), on_step)
+            trained = train(student, ordered_ST, held_out_NT, plan, settings, Path(name), on_step, workers)
             new, silenced = student.merged(), student.silenced()
             removed = [(group.block, group.kind, group.module, units) for group, units in student.removed()]
         replaced = replace_weights(model, rounded(model, new, dtypes, kept))

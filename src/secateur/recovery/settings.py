@@ -158,16 +158,23 @@ class RecoveryLog:
         return dataclasses.asdict(self) | lists
 
 
-def schedule(settings: RecoverySettings, windows: int) -> Schedule:
+def schedule(settings: RecoverySettings, windows: int, workers: int = 1) -> Schedule:
     """Scale batch, steps and warm-up to the data.
 
     The batch is ``batch_size``, but at most an eighth of the training windows, so that an epoch of little data still takes
     eight optimiser steps or more; it is cut into equal micro-batches of at most ``micro_batch`` and, where that does not
     divide, is a little smaller. Steps are ``epochs * windows / batch``, rounded. The warm-up is 100/1560 of the steps, at
-    most 100, and at least one when there is more than one step.
+    most 100, and at least one when there is more than one step. ``workers`` share the micro-batches of a step equally.
+
+    Raises:
+        RecipeError: a step has fewer windows than there are workers.
     """
     batch = min(settings.batch_size, max(1, windows // FEWEST_STEPS_PER_EPOCH))
-    accumulation = math.ceil(batch / settings.micro_batch)
+    if batch < workers:
+        raise RecipeError(
+            f"{workers} workers cannot share a step of {batch} windows; start fewer, or give more --windows or a larger --batch-size"
+        )
+    accumulation = workers * math.ceil(batch / settings.micro_batch / workers)
     micro_batch = batch // accumulation
     steps = settings.steps or max(1, round(settings.epochs * windows / (micro_batch * accumulation)))
     warmup = settings.warmup

@@ -22,6 +22,7 @@ from secateur.recovery.checkpoints import BEST, Checkpoints, read_state, write_s
 from secateur.recovery.losses import mean_loss
 from secateur.recovery.methods import Student
 from secateur.recovery.settings import RecoverySettings, Schedule
+from secateur.workers import ALONE, Workers
 
 OnStep = Callable[[int, int, float], None]
 
@@ -51,14 +52,14 @@ def autocast_here() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
-def training_arguments(folder: Path, plan: Schedule, settings: RecoverySettings) -> Any:
+def training_arguments(folder: Path, plan: Schedule, settings: RecoverySettings, workers: int = 1) -> Any:
     """AdamW with a linear schedule and gradients clipped to norm 1, as LLM-Pruner's recovery has it (methods §14.5)."""
     bf16 = autocast_here()
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=plan.steps,
         per_device_train_batch_size=plan.micro_batch,
-        gradient_accumulation_steps=plan.accumulation,
+        gradient_accumulation_steps=plan.accumulation // workers,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=plan.warmup,
@@ -134,7 +135,8 @@ class _Watch(TrainerCallback):
             raise _DivergedError(found, state.global_step)
         looks = looks_in(state)
         if looks and (len(looks) == 1 or found < min(loss for _, loss in looks[1:])):
-            write_state(Path(args.output_dir) / BEST, student.state())
+            if self.trainer.workers.leads:
+                write_state(Path(args.output_dir) / BEST, student.state())
         state.log_history.append({"step": state.global_step, "held_out": found})
 
 
@@ -163,6 +165,7 @@ def train(
     settings: RecoverySettings,
     folder: Path,
     on_step: OnStep | None,
+    workers: Workers = ALONE,
 ) -> Trained:
     """Train ``student`` and leave it in the state that is kept.
 
@@ -171,13 +174,15 @@ def train(
         held_out_NT: windows to look at; there may be none.
         folder: where checkpoints go; what an interrupted call with the same arguments left there is gone on from.
         on_step: called with (step, steps, loss) after every optimiser step.
+        workers: they take the micro-batches of a step in turn, and average gradients (DistributedDataParallel).
 
     Raises:
         SecateurError: a loss is NaN or infinite, and no state before it was better than the start.
     """
     dataset = [{"input_ids": window_T} for window_T in ordered_ST]
-    trainer = _StudentTrainer(model=student, args=training_arguments(folder, plan, settings), train_dataset=dataset)
-    trainer.begin(student, folder)
+    arguments = training_arguments(folder, plan, settings, workers.size)
+    trainer = _StudentTrainer(model=student, args=arguments, train_dataset=dataset)
+    trainer.begin(student, folder, workers)
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     watch = _Watch(trainer, held_out_NT, settings)
     trainer.add_callback(watch)
@@ -195,6 +200,7 @@ def train(
                 trainer.train(resume_from_checkpoint=trainer.found_folder())
         except _DivergedError as error:
             stopped = str(error)
+    workers.wait()
     return _kept(trainer, settings, folder, stopped)
 
 
