@@ -61,6 +61,7 @@ CUTS = {
     "taylor, two-tier": "taylor unit={unit} allocation=two-tier",
     "taylor, global": "taylor unit={unit} allocation=global",
     "taylor, global, weights refitted": "taylor unit={unit} allocation=global removal=sparsegpt",
+    "taylor 2nd order, global, weights refitted": "taylor:order=second unit={unit} allocation=global removal=sparsegpt",
 }
 BLOCKS = {
     BEST: "preset=best unit=block",

@@ -46,6 +46,7 @@ def _of_cuts(name: str, units: tuple[str, ...], masks: bool) -> dict[str, Any]:
     fields: dict[str, Any] = {"criterion": "taylor"} | ({} if spans else {"removal": "sparsegpt"})
     if name == "balanced" or spans:
         return fields
+    fields["criterion"] = "taylor:order=second"
     # Query heads leave every group in equal number, and of masks each matrix has its own share.
     ranked = {} if masks or "query" in units else {"allocation": "global"}
     return fields | {"reconstruct": "block"} | ranked
