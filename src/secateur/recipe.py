@@ -426,6 +426,9 @@ def _sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"])) or "the recipe"
     if name == "ratio":
-        return f"--ratio has to be a number in [0, 1), not {first['input']}"
+        given = first["input"]
+        percent = isinstance(given, (int, float)) and 1 <= given < 100
+        hint = f"; {given:g} % is {given / 100:g}" if percent else ""
+        return f"--ratio has to be a number in [0, 1), not {given}{hint}"
     flag = f"--{name.replace('_', '-')}" if name in Recipe.model_fields else name
     return f"{flag} cannot be '{first['input']}': {first['msg'][0].lower()}{first['msg'][1:]}"

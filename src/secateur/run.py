@@ -315,7 +315,9 @@ def _carry_out(
     log.info("Reached: %s.", record["reached"])
     for line in notes_in_words(plan.notes):
         log.info("%s.", line[0].upper() + line[1:])
-    log.info("%s; the fresh process agrees to %.0e.", describe_sizes(*realisation.sizes()), record["logits_difference"])
+    difference = record["logits_difference"]
+    agrees = f"agrees to {difference:.0e}" if difference else "gives the same logits"
+    log.info("%s; the fresh process %s.", describe_sizes(*realisation.sizes()), agrees)
 
 
 def _plan_record(plan: Plan, realisation: Realisation) -> dict[str, Any]:
