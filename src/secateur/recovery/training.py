@@ -134,9 +134,9 @@ class _Watch(TrainerCallback):
         if not math.isfinite(found):
             raise _DivergedError(found, state.global_step)
         looks = looks_in(state)
-        if looks and (len(looks) == 1 or found < min(loss for _, loss in looks[1:])):
-            if self.trainer.workers.leads:
-                write_state(Path(args.output_dir) / BEST, student.state())
+        is_best = bool(looks) and (len(looks) == 1 or found < min(loss for _, loss in looks[1:]))
+        if is_best and self.trainer.workers.leads:
+            write_state(Path(args.output_dir) / BEST, student.state())
         state.log_history.append({"step": state.global_step, "held_out": found})
 
 

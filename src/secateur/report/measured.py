@@ -12,12 +12,11 @@ from typing import Any
 from secateur.checkpoint.manifest import RECORD
 from secateur.console import log
 from secateur.files import write_json
+from secateur.runfolder import RUN_FILE
 
 MEASURED = "measured.json"
 PERPLEXITY, TASKS = "evaluation", "tasks"
 """Its parts: what ``evaluate`` measures, and what it measures with ``--tasks``."""
-
-RUN_FILE = "run.json"
 
 
 def read_measured(folder: Path) -> dict[str, Any]:

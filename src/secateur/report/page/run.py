@@ -15,12 +15,13 @@ from secateur.checkpoint.manifest import RECORD
 from secateur.errors import PlanError
 from secateur.files import atomic_file, human_bytes, human_seconds
 from secateur.plans import Plan, load_plan
-from secateur.report.measured import PERPLEXITY, RUN_FILE, TASKS, read_measured
+from secateur.report.measured import PERPLEXITY, TASKS, read_measured
 from secateur.report.measures import MeasureTable, by_task, counted, evaluated, task_means, task_rows
 from secateur.report.page import charts
 from secateur.report.page.render import render
 from secateur.report.page.verdict import verdict
 from secateur.report.words import notes_in_words
+from secateur.runfolder import RUN_FILE
 from secateur.structure import OUTSIDE
 
 PAGE = "report.html"
