@@ -1,6 +1,6 @@
 """Put the benchmarks' newest tables into README.md, between the comments that name them.
 
-    python benchmarks/figures.py
+python benchmarks/figures.py
 """
 
 from __future__ import annotations
