@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -201,3 +202,27 @@ def test_fingerprints_follow_the_content(tmp_path: Path) -> None:
     assert fingerprint(str(path)) != before
     for name in ("self", "python-docs", "hub:allenai/c4:en"):
         assert fingerprint(name) == name
+
+
+@pytest.fixture
+def gemma_folder(tmp_path: Path, model_folder: Path) -> Path:
+    """The tiny model under a name that starts with Gemma's: only the text's form follows from it here."""
+    folder = tmp_path / "gemma"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma3_text"}))
+    return folder
+
+
+def test_windows_of_a_family_lost_without_its_first_token_begin_with_it(
+    tmp_path: Path, model_folder: Path, gemma_folder: Path, tokenizer: Any, opened: Opened
+) -> None:
+    path = written(tmp_path / "a.txt")
+    ids = tokenizer(JOINED, add_special_tokens=False)["input_ids"]
+    windows = text_windows(str(path), gemma_folder, 8, 3)
+    assert windows.beginning == "begun with <s>"
+    assert windows.ids_NT.tolist() == [[0, *ids[start : start + 7]] for start in (0, 7, 14)]
+    assert text_windows(str(path), model_folder, 8, 3).beginning == "no beginning-of-sequence token"
+    drawn_NT = opened(path, model_folder=gemma_folder).ids_NT
+    assert drawn_NT[:, 0].tolist() == [0] * 3
+    assert drawn_NT[:, 1:].min() > 3

@@ -153,3 +153,17 @@ def test_special_tokens_come_from_every_file(tmp_path: Path, model_folder: Path,
     assert config["vocab_size"] == vocabulary
     found = written.special_tokens(model_folder, model.config, model.generation_config, vocabulary)
     assert found == [0, 1, 2, 3, 5, 6, 99, *range(vocabulary - PADDING_ROWS, vocabulary)]
+
+
+def test_a_family_lost_without_its_first_token_writes_after_it(
+    opened: Opened, model_folder: Path, vocabulary: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(written, "beginning", lambda tokenizer, folder: [0])
+    cache = tmp_path / "cache"
+    begun = opened("self", windows=20, window_length=12, cache=cache).ids_NT
+    assert begun.shape == (20, 12)
+    assert begun[:, 0].tolist() == [0] * 20
+    assert begun[:, 1:].min() > 3
+    assert len(begun[:, 1].unique()) > 10
+    monkeypatch.undo()  # what was kept of the one is not taken for the other
+    assert opened("self", windows=20, window_length=12, cache=cache).ids_NT.min() > 3

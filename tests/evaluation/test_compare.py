@@ -54,7 +54,7 @@ def test_every_model_is_measured_on_the_same_windows(folders: dict[str, Path], t
 def test_json_is_plain_and_complete(folders: dict[str, Path], text: str) -> None:
     evaluation = measured(folders, text)
     content = json.loads(json.dumps(evaluation.to_json()))
-    assert list(content) == ["models", "protocol", "text", "windows_sha256"]
+    assert list(content) == ["models", "protocol", "text", "windows_sha256", "continuations"]
     assert list(content["models"]) == ["dense", "pruned"]
     assert content["models"]["dense"]["perplexity"]["value"] == evaluation.models["dense"].perplexity.value
     assert set(content["models"]["pruned"]) == {"folder", "perplexity", "size", "speed", "divergence"}

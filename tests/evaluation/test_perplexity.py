@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ def test_the_protocol_says_all_that_matters() -> None:
     protocol = perplexity(tiny_model().bfloat16(), some_windows()).protocol
     for part in ("some ids", "context 12", "stride 12", "55 tokens", "no beginning-of-sequence token", "bfloat16"):
         assert part in protocol
+    begun = dataclasses.replace(some_windows(), beginning="begun with <bos>")
+    assert "begun with <bos>, float32" in perplexity(tiny_model(), begun).protocol
 
 
 def test_low_precision_logits_are_summed_in_single() -> None:

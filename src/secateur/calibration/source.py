@@ -8,7 +8,8 @@
 * ``FILE.safetensors``: token ids ``input_ids`` of shape (N, T), used as they are.
 * ``hub:NAME[:CONFIG[:SPLIT[:COLUMN]]]``: a dataset on the hub or in a local folder; parts may be left empty.
 
-Texts are joined by a blank line, tokenised once without special tokens, and cut into windows that do not overlap.
+Texts are joined by a blank line, tokenised once without special tokens, and cut into windows that do not overlap. Windows of
+Gemma's families begin with their beginning-of-sequence token, without which those models are lost.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from secateur.calibration.documents import (
     text_document,
 )
 from secateur.calibration.stored import stored_windows
-from secateur.calibration.tokenise import join_enough, load_tokenizer, tokenise
-from secateur.calibration.windows import TokenWindows, cut, draw
+from secateur.calibration.tokenise import beginning, join_enough, load_tokenizer, tokenise
+from secateur.calibration.windows import NO_BEGINNING, TokenWindows, cut, draw
 from secateur.calibration.written import written_windows
 from secateur.errors import CalibrationError, suggest
 from secateur.files import sha256_of_file
@@ -117,14 +118,14 @@ def open_windows(
             )
             opened = TokenWindows(ids_NT, source, f"written by the model itself at temperature 1, seed {seed}")
         else:
-            ids_NT, tokens = _cut_text(named, model_folder, length, SPARE * count * length, trust_remote_code)
+            ids_NT, tokens, begins = _cut_text(named, model_folder, length, SPARE * count * length, trust_remote_code)
             if len(ids_NT) < count:
                 raise CalibrationError(
                     f"{source} gives {len(ids_NT)} windows of {length} tokens ({tokens:,} tokens), not the {count} "
                     f"asked for; give --windows {len(ids_NT)} or less, a shorter --window-length, or more text"
                 )
             drawn = f"{named.named()}: {count} of {len(ids_NT)} windows in {tokens:,} tokens, drawn with seed {seed}"
-            opened = TokenWindows(draw(ids_NT, count, seed), source, drawn)
+            opened = TokenWindows(draw(ids_NT, count, seed), source, drawn, begins)
     opened.check_vocabulary(vocabulary)
     return opened
 
@@ -163,9 +164,10 @@ def text_windows(
         length = window_length or DEFAULT_TEXT_WINDOW_LENGTH
         # One window more than needed, since tokens may merge where documents join.
         enough = None if max_windows is None else (max_windows + 1) * length
-        all_NT, tokens = _cut_text(named, model_folder, length, enough, trust_remote_code)
+        all_NT, tokens, begins = _cut_text(named, model_folder, length, enough, trust_remote_code)
         ids_NT = all_NT[:max_windows]
-        opened = TokenWindows(ids_NT, source, f"{named.named()}: first {len(ids_NT)} windows of {tokens:,} tokens")
+        taken = f"{named.named()}: first {len(ids_NT)} windows of {tokens:,} tokens"
+        opened = TokenWindows(ids_NT, source, taken, begins)
     if vocabulary is not None:
         opened.check_vocabulary(vocabulary)
     return opened
@@ -253,8 +255,9 @@ def _stored(named: _Source, windows: int | None, window_length: int | None) -> T
 
 def _cut_text(
     named: _Source, model_folder: Path, length: int, enough: int | None, trust_remote_code: bool
-) -> tuple[torch.Tensor, int]:
-    """Every window ``(M, T)`` of as much text as gives ``enough`` tokens (None: all of it), and how many tokens it had."""
+) -> tuple[torch.Tensor, int, str]:
+    """Every window ``(M, T)`` of as much text as gives ``enough`` tokens (None: all of it), how many tokens it had, and what
+    stands before each window's text, for people."""
     tokenizer = load_tokenizer(model_folder, trust_remote_code)
     most_characters = None if enough is None else max(MOST_CHARACTERS, 32 * enough)
     # Only a dataset on the hub is worth counting tokens for while it is read: every document is a download.
@@ -264,10 +267,11 @@ def _cut_text(
     if not text.strip():
         raise CalibrationError(f"{named.given} holds no text; name one with at least a few thousand words")
     ids = tokenise(tokenizer, text)
-    windows_MT = cut(ids, length)
+    begins = beginning(tokenizer, model_folder)
+    windows_MT = cut(ids, length, begins)
     if not len(windows_MT):
         raise CalibrationError(
             f"{named.given} has {len(ids):,} tokens, fewer than one window of {length}; "
             "give a shorter --window-length or more text"
         )
-    return windows_MT, len(ids)
+    return windows_MT, len(ids), f"begun with {tokenizer.decode(begins)}" if begins else NO_BEGINNING

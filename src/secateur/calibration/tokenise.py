@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +41,19 @@ def load_tokenizer(model_folder: Path, trust_remote_code: bool = False) -> Any:
 def tokenise(tokenizer: Any, text: str) -> list[int]:
     """Ids of ``text`` as it stands: no beginning-of-sequence token, nothing cut off."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def beginning(tokenizer: Any, model_folder: Path) -> list[int]:
+    """What has to stand before the text of every window: the beginning-of-sequence token for Gemma's families, else nothing.
+
+    Published perplexities are of windows without one, and most models hardly miss it. Gemma's are lost without: of
+    Gemma 3 270M it takes the perplexity from 59 to 341. lm-eval puts it before the same families' texts.
+    """
+    try:
+        family = json.loads((model_folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        family = None  # a folder of no model we open; its own error says more than one of ours could here
+    return [tokenizer.bos_token_id] if "gemma" in str(family) and tokenizer.bos_token_id is not None else []
 
 
 def join_enough(tokenizer: Any, documents: Iterable[str], tokens: int | None, characters: int | None) -> str:

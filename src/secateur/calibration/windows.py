@@ -13,6 +13,8 @@ import torch
 
 from secateur.errors import CalibrationError
 
+NO_BEGINNING = "no beginning-of-sequence token"
+
 
 @dataclass(frozen=True, eq=False)
 class TokenWindows:
@@ -22,11 +24,13 @@ class TokenWindows:
         ids_NT: int64 token ids ``(N, T)``.
         source: what the user asked for, as given.
         description: how the windows were made, for people: split, tokens available, sampling.
+        beginning: what stands before the text of each window, for people.
     """
 
     ids_NT: torch.Tensor
     source: str
     description: str
+    beginning: str = NO_BEGINNING
 
     def __post_init__(self) -> None:
         if self.ids_NT.ndim != 2 or self.ids_NT.dtype != torch.int64:
@@ -55,10 +59,16 @@ class TokenWindows:
             )
 
 
-def cut(ids: list[int], window_length: int) -> torch.Tensor:
-    """Cut one long run of ids into floor(len / T) windows that do not overlap, ``(N, T)``; the rest is dropped."""
-    whole = len(ids) // window_length
-    return torch.tensor(ids[: whole * window_length], dtype=torch.int64).view(whole, window_length)
+def cut(ids: list[int], window_length: int, beginning: list[int] | None = None) -> torch.Tensor:
+    """Cut one long run of ids into windows that do not overlap, ``(N, T)``; the rest is dropped.
+
+    Each begins with the ids of ``beginning``, which count among its T.
+    """
+    beginning_P = torch.tensor(beginning or [], dtype=torch.int64)
+    length = window_length - len(beginning_P)
+    whole = len(ids) // length
+    text_NL = torch.tensor(ids[: whole * length], dtype=torch.int64).view(whole, length)
+    return torch.cat([beginning_P.expand(whole, -1), text_NL], dim=1)
 
 
 def draw(ids_NT: torch.Tensor, windows: int, seed: int) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """Windows that the model writes itself: calibration without any data, and without a tokenizer.
 
 Each window starts with one random ordinary token and goes on with what the model samples at temperature 1, so the
-windows follow the distribution the model was trained towards. Special tokens never appear and never end a window.
+windows follow the distribution the model was trained towards. Special tokens never appear and never end a window, but for
+the one that a family needs before every text.
 
 Shape legend: ``N`` windows, ``T`` tokens in each, ``B`` windows written at once.
 """
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from secateur.calibration.stored import KEY, stored_windows
-from secateur.calibration.tokenise import load_tokenizer
+from secateur.calibration.tokenise import beginning, load_tokenizer
 from secateur.console import log, progress
 from secateur.errors import CalibrationError, ModelError
 from secateur.files import atomic_file, full_disk_is_an_error
@@ -49,9 +50,10 @@ def written_windows(
         CalibrationError: the model cannot write windows this long, or has no ordinary tokens.
         ResourceError: the disk of the cache is full, or the model larger than ``memory`` (None: what is free).
     """
+    begins = _beginning(model_folder, trust_remote_code)
     kept = None
     if cache is not None:
-        key = json.dumps(["self", VERSION, model_hash, windows, window_length, seed, vocabulary])
+        key = json.dumps(["self", VERSION, model_hash, windows, window_length, seed, vocabulary, *begins])
         kept = cache / "windows" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         ids_NT = _read_kept(kept, (windows, window_length))
         if ids_NT is not None:
@@ -68,7 +70,7 @@ def written_windows(
     if model.dtype == torch.float16:
         model = model.float()  # half precision overflows easily, and is slow on a CPU
     special = special_tokens(model_folder, model.config, model.generation_config, vocabulary, trust_remote_code)
-    ids_NT = _write(model, model_folder, special, windows, window_length, seed, vocabulary)
+    ids_NT = _write(model, model_folder, begins, special, windows, window_length, seed, vocabulary)
     if kept is not None:
         with full_disk_is_an_error(kept.parent), atomic_file(kept) as temporary:
             save_file({KEY: ids_NT}, temporary)
@@ -96,6 +98,13 @@ def special_tokens(
     return sorted(token for token in found if 0 <= token < vocabulary)
 
 
+def _beginning(model_folder: Path, trust_remote_code: bool) -> list[int]:
+    try:
+        return beginning(load_tokenizer(model_folder, trust_remote_code), model_folder)
+    except CalibrationError:
+        return []  # without a tokenizer there is none to put
+
+
 def _read_kept(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
     """The windows kept at ``path``, or None if there are none or they are damaged, so that they are written anew."""
     if not path.exists():
@@ -110,7 +119,14 @@ def _read_kept(path: Path, shape: tuple[int, int]) -> torch.Tensor | None:
 
 @torch.no_grad()
 def _write(
-    model: Any, model_folder: Path, special: list[int], windows: int, window_length: int, seed: int, vocabulary: int
+    model: Any,
+    model_folder: Path,
+    begins: list[int],
+    special: list[int],
+    windows: int,
+    window_length: int,
+    seed: int,
+    vocabulary: int,
 ) -> torch.Tensor:
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
@@ -121,6 +137,7 @@ def _write(
         raise CalibrationError(
             f"every token of the model in {model_folder} is special, so it cannot write; give a text file"
         )
+    new_tokens = window_length - len(begins) - 1
     logits_outside = range(vocabulary, model.get_output_embeddings().weight.shape[0])
     # The model's own settings (temperature, penalties, an end token) would bend what it writes: all are replaced.
     model.generation_config = GenerationConfig(
@@ -128,7 +145,7 @@ def _write(
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=window_length - 1,
+        max_new_tokens=new_tokens,
         suppress_tokens=[*special, *logits_outside] or None,
         pad_token_id=0,
         eos_token_id=None,
@@ -139,7 +156,7 @@ def _write(
     written: list[torch.Tensor] = []
     with (
         torch.random.fork_rng(devices=[]),
-        progress("Writing calibration windows", len(batches) * (window_length - 1)) as step,
+        progress("Writing calibration windows", len(batches) * new_tokens) as step,
     ):
 
         class Steps(StoppingCriteria):
@@ -150,14 +167,16 @@ def _write(
                 return torch.zeros(len(input_ids), dtype=torch.bool)
 
         torch.manual_seed(seed)
+        begins_P = torch.tensor(begins, dtype=torch.int64)
         for first_B1 in batches:
-            written.append(_generate(model, model_folder, first_B1, StoppingCriteriaList([Steps()]), window_length))
+            first_BP = torch.cat([begins_P.expand(len(first_B1), -1), first_B1], dim=1)
+            written.append(_generate(model, model_folder, first_BP, StoppingCriteriaList([Steps()]), window_length))
     return torch.cat(written)
 
 
-def _generate(model: Any, model_folder: Path, first_B1: torch.Tensor, steps: Any, window_length: int) -> torch.Tensor:
+def _generate(model: Any, model_folder: Path, first_BP: torch.Tensor, steps: Any, window_length: int) -> torch.Tensor:
     try:
-        return model.generate(first_B1, attention_mask=torch.ones_like(first_B1), stopping_criteria=steps)
+        return model.generate(first_BP, attention_mask=torch.ones_like(first_BP), stopping_criteria=steps)
     except IndexError as error:
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if positions is None or window_length <= positions:

@@ -161,5 +161,5 @@ def _protocol(dtype: torch.dtype, windows: TokenWindows) -> str:
     count, context = windows.ids_NT.shape
     return (
         f"{windows.description}; context {context}, stride {context}, {count * (context - 1):,} tokens predicted, "
-        f"each window on its own, no beginning-of-sequence token, {str(dtype).removeprefix('torch.')}"
+        f"each window on its own, {windows.beginning}, {str(dtype).removeprefix('torch.')}"
     )
