@@ -15,7 +15,7 @@ quick: $(READY)  ## the demo in under two minutes
 
 test: $(READY) lint  ## everything that has to hold
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
-	$(BIN)/python -m pytest -m slow --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m slow --durations=5
 
 families: $(READY)  ## every family from open to generate; writes docs/families.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/families
