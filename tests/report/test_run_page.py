@@ -192,3 +192,13 @@ def test_a_damaged_measurement_is_as_none(cut):
 def test_the_front_of_a_cloud():
     points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (1.0, 5.0)]
     assert front(points) == {0, 1, 4}
+
+
+def test_zeros_that_the_model_came_with_are_not_called_its_loss(cut):
+    before, after = record_of(cut)["before"], record_of(cut)["after"]
+    record = record_of(cut) | {"before": before | {"zeros": before["prunable"] // 25}}
+    record["after"] = after | {"zeros": after["prunable"] // 25}
+    left = [what for what, _, _ in run_facts(cut, record)["left"]]
+    assert left == ["channel units", "head units", "query units", "parameters"]
+    record["after"] = after | {"zeros": after["prunable"] // 2}
+    assert "weights of the blocks' matrices zeroed" in [what for what, _, _ in run_facts(cut, record)["left"]]

@@ -19,7 +19,7 @@ from secateur.report.measured import PERPLEXITY, TASKS, read_measured
 from secateur.report.measures import MeasureTable, by_task, counted, evaluated, task_means, task_rows
 from secateur.report.page import charts
 from secateur.report.page.render import render
-from secateur.report.page.verdict import verdict
+from secateur.report.page.verdict import verdict, zeroed
 from secateur.report.words import notes_in_words
 from secateur.runfolder import RUN_FILE
 from secateur.structure import OUTSIDE
@@ -105,7 +105,7 @@ def _left(record: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, int, 
             rows.append((f"{kind} units", before[kind] - after.get(kind, 0), before[kind]))
     if plan is not None and not rows:
         rows = [(f"{kind} units", gone, of) for kind, (gone, of) in plan.removed_by_kind().items() if gone]
-    if record["after"]["zeros"]:
+    if zeroed(record["before"], record["after"]):
         rows.append(("weights of the blocks' matrices zeroed", record["after"]["zeros"], record["after"]["prunable"]))
     gone = record["before"]["parameters"] - record["after"]["parameters"]
     if gone:

@@ -38,13 +38,21 @@ def verdict(
     return [part for part in parts if part]
 
 
+def zeroed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether weights were zeroed: checkpoints that were quantised once hold zeros of their own."""
+    return _zero_share(after) > _zero_share(before) + 0.001
+
+
+def _zero_share(count: Mapping[str, Any]) -> float:
+    return count["zeros"] / max(1, count["prunable"])
+
+
 def _smaller(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     gone = 1 - after["parameters"] / before["parameters"]
     sizes = f"{human_count(before['parameters'])} → {human_count(after['parameters'])}"
     said = [f"{gone:.1%} fewer parameters ({sizes})"] if gone > 0 else []
-    share = after["zeros"] / max(1, after["prunable"])
-    if share > before["zeros"] / max(1, before["prunable"]) + 0.001:
-        said.append(f"{share:.1%} of the blocks' weights are zero")
+    if zeroed(before, after):
+        said.append(f"{_zero_share(after):.1%} of the blocks' weights are zero")
     return " and ".join(said) or "as many parameters as before"
 
 
