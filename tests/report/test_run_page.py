@@ -15,7 +15,7 @@ import secateur
 from secateur.plans import load_plan
 from secateur.report.measured import MEASURED, TASKS, note_measured, read_measured
 from secateur.report.page import PAGE, write_run_page
-from secateur.report.page.charts import front
+from secateur.report.page.charts import SHORT, front, pareto
 from secateur.report.page.run import run_facts, shares_of
 
 pytestmark = [pytest.mark.usefixtures("same_process"), pytest.mark.pages]
@@ -202,3 +202,16 @@ def test_zeros_that_the_model_came_with_are_not_called_its_loss(cut):
     assert left == ["channel units", "head units", "query units", "parameters"]
     record["after"] = after | {"zeros": after["prunable"] // 2}
     assert "weights of the blocks' matrices zeroed" in [what for what, _, _ in run_facts(cut, record)["left"]]
+
+
+def test_sizes_close_to_each_other_are_told_apart_on_the_axis():
+    def axis(*costs: float) -> str:
+        rows = [{"name": str(cost), "cost": cost, "perplexity": 10.0 - cost / 1e9, "page": None} for cost in costs]
+        spec = pareto(rows, "size", SHORT)
+        return next(
+            layer["encoding"]["x"]["axis"]["format"] for layer in spec["layer"] if "axis" in layer["encoding"]["x"]
+        )
+
+    assert axis(50e6, 100e6) == ".3~s"
+    assert axis(118.25e6, 118.36e6) == ".6~s"
+    assert axis(118e6, 118e6) == ".3~s"

@@ -76,8 +76,12 @@ def cell_text(row: Row, figure: str, marks: str = "") -> str:
     return text + (marks if figure == "seconds" else "")
 
 
-def notes_of(comparison: Comparison) -> list[str]:
-    """What has to be said beside the figures, a sentence each."""
+def notes_of(comparison: Comparison, inside: bool = False) -> list[str]:
+    """What has to be said beside the figures, a sentence each.
+
+    Args:
+        inside: they will lie in the comparison's own folder, which may be moved: paths begin there.
+    """
     record = comparison.record
     notes = [f"{record['protocol']}. KL(dense || pruned) in nats a token."]
     notes += record["notes"]
@@ -87,5 +91,8 @@ def notes_of(comparison: Comparison) -> list[str]:
     if any(row.resumed for row in comparison.rows):
         notes.append("‡ it was interrupted before; its time is that of the last attempt.")
     notes += [f"{row.name} failed: {row.failed}." for row in comparison.rows if row.failed is not None]
-    notes.append(f"Carry one out with: secateur apply {comparison.folder}/recipes/NAME --out DIR")
+    if inside:
+        notes.append("Carry one out, from the folder of this page, with: secateur apply recipes/NAME --out DIR")
+    else:
+        notes.append(f"Carry one out with: secateur apply {comparison.folder}/recipes/NAME --out DIR")
     return notes

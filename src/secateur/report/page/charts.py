@@ -24,6 +24,9 @@ SERIES = [STAYS, GOES, THIRD, FOURTH, "#5b8ac6", "#8a8f3c"]
 FONT = "system-ui, sans-serif"
 """Vega measures words in it before the page draws them."""
 
+SHORT = ".3~s"
+"""How d3 writes large numbers in few digits."""
+
 ROW, HEADROOM = 20, 84
 """Pixels of one row of a heat map, and of its legend and axis."""
 
@@ -269,7 +272,11 @@ def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str) -> Spec:
         {**row, "front": place in on_front, "label": row["name"] if place in on_front else ""}
         for place, row in enumerate(rows)
     ]
-    half = (min(row["cost"] for row in rows) + max(row["cost"] for row in rows)) / 2
+    cheapest, dearest = min(row["cost"] for row in rows), max(row["cost"] for row in rows)
+    half = (cheapest + dearest) / 2
+    if shown == SHORT and dearest > cheapest:  # as many digits as tell neighbours on the axis apart
+        digits = math.ceil(math.log10(dearest / (dearest - cheapest))) + 2
+        shown = f".{min(max(digits, 3), 6)}~s"
     least, most = min(row["perplexity"] for row in rows), max(row["perplexity"] for row in rows)
     scale = alt.Scale(type="log", nice=False, padding=24) if most > 5 * least else alt.Scale(zero=False, padding=24)
     base = alt.Chart(_inline(given)).encode(

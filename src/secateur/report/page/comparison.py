@@ -17,7 +17,10 @@ from secateur.report.page import charts
 from secateur.report.page.render import render
 from secateur.report.page.run import Facts, how_chosen, plan_charts
 
-COSTS = {"nonzero_parameters": ("parameters that are not zero", ".3~s"), "seconds": ("seconds to plan it", ",.0f")}
+COSTS = {
+    "nonzero_parameters": ("parameters that are not zero", charts.SHORT),
+    "seconds": ("seconds to plan it", ",.0f"),
+}
 """What perplexity is set against: title, and the number's form."""
 
 
@@ -66,7 +69,7 @@ def _facts(comparison: Comparison, pages: Mapping[str, str]) -> Facts:
         "charts": pictures,
         "heads": ["recipe", *(head.replace("-\n", "").replace("\n", " ") for head, _, _ in COLUMNS.values())],
         "rows": table,
-        "notes": notes_of(comparison),
+        "notes": notes_of(comparison, inside=True),
         "version": secateur.__version__,
     }
 
