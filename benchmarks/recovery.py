@@ -23,7 +23,7 @@ WORK = ROOT / "benchmarks" / "work" / "recovery"
 TASKS = "boolq,piqa,hellaswag,winogrande,arc_easy,arc_challenge,openbookqa"
 QUESTIONS = 200
 STEPS, BATCH, LENGTH, WINDOWS = 48, 16, 128, 256
-RATES = {"lora": 1e-3, "distill": 1e-3, "full": 1e-4}
+RATES = {"lora": 1e-3, "lora-prune": 1e-3, "distill": 1e-3, "full": 1e-4}
 """Peak learning rates of so short a run; of other methods their own."""
 
 PRUNED: dict[str, dict[str, Any]] = {
@@ -56,7 +56,8 @@ RECOVER = """
 import secateur
 found = secateur.recover({pruned!r}, {out!r}, data={data!r}, windows={windows}, window_length={length}, overwrite=True, **{settings!r})
 record = found.record
-result = dict(training=record["training"] | dict(losses=record["training"]["losses"][::8]), stages=record["stages"], after=record["after"])
+training = {{name: value for name, value in record["training"].items() if name != "removed"}}
+result = dict(training=training | dict(losses=training["losses"][::8]), stages=record["stages"], after=record["after"])
 """
 
 MEASURE = """
