@@ -13,6 +13,7 @@ from secateur.checkpoint.reader import open_checkpoint
 from secateur.errors import RecipeError
 from secateur.plans import load_plan
 from secateur.recipe import Recipe, recipe_from
+from secateur.reconstruction.errors import SMALLEST_SHARE, ByChannel
 from secateur.report.words import notes_in_words
 
 MODELS = {
@@ -74,6 +75,32 @@ def test_errors_fall_and_what_left_stays_away(model, windows, fields, tmp_path):
             if name in masks:
                 assert (numbers_OI[~masks[name]] == 0).all()
     assert all(fitted_error < error for error, fitted_error in errors_of(after).values())
+
+
+def test_an_error_counts_in_parts_of_its_tokens_and_its_channels_size():
+    generator = torch.Generator().manual_seed(0)
+    target_BTD = torch.randn(2, 50, 6, generator=generator)
+    target_BTD[..., 2] *= 100  # one channel holds nearly all, and one nothing
+    target_BTD[..., 5] = 0
+    error_of = ByChannel(target_BTD[window : window + 1] for window in range(2))
+    share_D = (target_BTD.square() / target_BTD.square().sum(-1, keepdim=True)).mean((0, 1))
+    expected_D = 1 / (6 * share_D).clamp(min=SMALLEST_SHARE)
+    assert torch.allclose(error_of.weight_D, expected_D, rtol=1e-5)
+    out_BTD = target_BTD + torch.randn(2, 50, 6, generator=generator)
+    by_hand = torch.stack(
+        [
+            (expected_D * (out_D - target_D) ** 2).sum() / (target_D**2).sum()
+            for out_D, target_D in zip(out_BTD.flatten(0, 1), target_BTD.flatten(0, 1), strict=True)
+        ]
+    ).mean()
+    assert torch.allclose(error_of(out_BTD, target_BTD), by_hand, rtol=1e-5)
+    loud, quiet = target_BTD.clone(), target_BTD.clone()
+    loud[..., 2] *= 1.1
+    quiet[..., 0] += 0.1 * target_BTD[..., 2]
+    assert error_of(loud, target_BTD) < error_of(quiet, target_BTD) / 100
+    even_BTD = torch.ones(1, 4, 8)
+    assert torch.equal(ByChannel([even_BTD]).weight_D, torch.ones(8))
+    assert torch.isfinite(ByChannel([torch.zeros(1, 4, 8)]).weight_D).all()
 
 
 def test_the_written_model_is_nearer_to_the_dense_one(llama, windows, tmp_path):

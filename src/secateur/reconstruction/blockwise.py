@@ -10,7 +10,7 @@ from pydantic import Field
 
 from secateur.options import Options
 from secateur.reconstruction.base import FIT_ERRORS, ChooseAgain, Reconstruction
-from secateur.reconstruction.errors import mean_error, relative_error
+from secateur.reconstruction.errors import ByChannel, Error, mean_error
 from secateur.reconstruction.fitted import FittedBlock
 from secateur.sweep import Passage
 
@@ -26,8 +26,8 @@ class Blockwise(Reconstruction):
     """Adam on the weights that stay, towards what the dense model gives after this block; ours, of no paper.
 
     The block sees what the pruned blocks before it give, so it also makes good what they lost. A token's error counts in
-    parts of its own size, ``||out - target||^2 / ||target||^2``: a few tokens of a language model are a thousand times as
-    large as the others, and what follows normalises each. A part of the windows (``held_out``) is never fitted: after each
+    parts of its own size and a channel's in parts of its mean share of that: a few tokens of a language model are a thousand
+    times as large as the others, a few channels hold most of every token, and what follows normalises and scales both. A part of the windows (``held_out``) is never fitted: after each
     epoch their error says whether the weights are better than all before, and the best are kept, so that on them no block
     ends worse than the removal left it. ``rate`` is in units of each matrix's root mean square, falling along a cosine;
     ``batch`` windows make a step.
@@ -49,7 +49,8 @@ class Blockwise(Reconstruction):
         if not fit or not fitted.weights:
             return {}
         judged = held or fit  # of a single micro-batch nothing can be held out
-        best = first = mean_error(fitted, passage, judged, relative_error)
+        error_of = ByChannel(target_BTD for _, _, target_BTD in passage.pairs(fit))
+        best = first = mean_error(fitted, passage, judged, error_of)
         if first == 0:  # nothing has left so far
             return {}
         kept = fitted.copy()
@@ -61,8 +62,8 @@ class Blockwise(Reconstruction):
         steps = _Steps(self.options.epochs * len(_in_steps(passage, fit, self.options.batch)), self.options.rate)
         for epoch in range(self.options.epochs):
             order = [fit[place] for place in torch.randperm(len(fit), generator=generator)]
-            self._epoch(fitted, passage, order, optimiser, steps)
-            error = mean_error(fitted, passage, judged, relative_error)
+            self._epoch(fitted, passage, order, optimiser, steps, error_of)
+            error = mean_error(fitted, passage, judged, error_of)
             if error < best:
                 best, kept = error, fitted.copy()
             passage.advance((epoch + 1) / self.options.epochs)
@@ -85,12 +86,13 @@ class Blockwise(Reconstruction):
         order: Sequence[int],
         optimiser: torch.optim.Optimizer,
         steps: _Steps,
+        error_of: Error,
     ) -> None:
         for batches in _in_steps(passage, order, self.options.batch):
             windows = sum(passage.windows[batch] for batch in batches)
             for batch, x_BTD, target_BTD in passage.pairs(batches):
                 with torch.enable_grad(), fitted.running():
-                    loss = relative_error(passage.run(batch, x_BTD), target_BTD)
+                    loss = error_of(passage.run(batch, x_BTD), target_BTD)
                     (loss * (len(x_BTD) / windows)).backward()
             fitted.mask_gradients()
             steps.set_rates(optimiser)
