@@ -13,10 +13,11 @@ import pytest
 
 import secateur
 from secateur.plans import load_plan
-from secateur.report.measured import MEASURED, TASKS, note_measured, read_measured
+from secateur.report.measured import MEASURED, PERPLEXITY, TASKS, note_measured, read_measured
 from secateur.report.page import PAGE, write_run_page
 from secateur.report.page.charts import SHORT, front, pareto
 from secateur.report.page.run import run_facts, shares_of
+from secateur.report.page.verdict import verdict
 
 pytestmark = [pytest.mark.usefixtures("same_process"), pytest.mark.pages]
 
@@ -139,6 +140,25 @@ def test_tasks_are_shown_with_their_errors(cut):
     assert "80.0% of the dense model's task scores kept" in facts["verdict"]
     page = write_run_page(cut).read_text()
     assert "0.500 ± 0.050" in page
+
+
+def test_each_measurement_has_names_of_its_own(cut):
+    """Tasks and perplexity measured apart, and the yardstick of neither first: the verdict has both, against the dense model."""
+    figures = {"perplexity": {"value": 20.0}, "speed": {}}
+    text = {
+        "roles": {"own": "cut", "dense": "model"},
+        "models": {"cut": figures | {"perplexity": {"value": 30.0}}, "model": figures},
+    }
+    means = {"mine": {"value": 0.3}, "other": {"value": 0.6}, "theirs": {"value": 0.4}}
+    tasks = {
+        "roles": {"own": "mine", "dense": "theirs"},
+        "models": {name: {"means": {"acc": mean}, "kept": {"acc": 0.1}} for name, mean in means.items()},
+    }
+    record = record_of(cut)
+    parts = verdict(record["before"], record["after"], {PERPLEXITY: text, TASKS: tasks})
+    assert parts[1:] == ["perplexity 20.00 → 30.00", "75.0% of the dense model's task scores kept"]
+    alone = {TASKS: tasks | {"roles": {"own": "mine", "dense": None}}}
+    assert len(verdict(record["before"], record["after"], alone)) == 1
 
 
 def test_a_card_that_somebody_wrote_anew_is_left_alone(cut, windows_file, command):

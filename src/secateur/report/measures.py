@@ -11,6 +11,9 @@ from secateur.files import human_bytes, human_count
 Get = Callable[[Mapping[str, Any]], float | None]
 Show = Callable[[float], str]
 
+TASK_METRICS = ("acc_norm", "acc")
+"""What is shown of a task: the accuracy by normalised length where it has one, as published tables do."""
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -98,7 +101,7 @@ def task_rows(tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for model, found in tasks["models"].items():
         for task, scores in found["scores"].items():
-            metric = next((name for name in ("acc_norm", "acc") if name in scores), None)
+            metric = next((name for name in TASK_METRICS if name in scores), None)
             if metric is None:
                 continue
             score = scores[metric]
@@ -127,7 +130,7 @@ def task_means(tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The mean of every model over the tasks, and the share of the first model's that it kept."""
     means = []
     for model, found in tasks["models"].items():
-        metric = next((name for name in ("acc_norm", "acc") if name in found["means"]), None)
+        metric = next((name for name in TASK_METRICS if name in found["means"]), None)
         if metric is not None:
             mean = found["means"][metric]
             means.append(

@@ -51,13 +51,12 @@ def run_facts(folder: Path, record: Mapping[str, Any]) -> Facts:
     recipe = folder / RECORD / "recipe.yaml"
     measured = read_measured(folder)
     training = record.get("training")
-    dense, own = _names(measured, folder, record)
     before = record.get("dense") or record["before"]
     columns = {"dense": before, "pruned": record["before"], "recovered": record["after"]}
     counts = columns if training and record.get("dense") else {"before": record["before"], "after": record["after"]}
     return {
         "title": _title(record),
-        "verdict": verdict(before, record["after"], measured, own, dense),
+        "verdict": verdict(before, record["after"], measured),
         "measured": measured,
         "tables": _tables(measured, counts),
         "left": _left(record, plan),
@@ -80,15 +79,6 @@ def _title(record: Mapping[str, Any]) -> str:
     model = record["model"]
     name = model.get("hub_id") or Path(model["spec"]).name
     return f"{name}, pruned and recovered" if "training" in record else f"{name}, pruned"
-
-
-def _names(measured: Mapping[str, Any], folder: Path, record: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """Under which names the dense model and this one stand in what was measured."""
-    for part in (PERPLEXITY, TASKS):
-        roles = (measured.get(part) or {}).get("roles")
-        if roles:
-            return roles.get("dense"), roles.get("own")
-    return "dense", "pruned"  # as prune --evaluate calls them
 
 
 def _tables(measured: Mapping[str, Any], counts: Mapping[str, Mapping[str, Any]]) -> list[MeasureTable]:

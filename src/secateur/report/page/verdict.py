@@ -6,36 +6,49 @@ from collections.abc import Mapping
 from typing import Any
 
 from secateur.files import human_count
+from secateur.report.measured import PERPLEXITY, TASKS
+from secateur.report.measures import TASK_METRICS
 
 ALIKE = 0.03
 """Speeds nearer to each other than this are called the same."""
 
 
-def verdict(
-    before: Mapping[str, Any], after: Mapping[str, Any], measured: Mapping[str, Any], own: str | None, dense: str | None
-) -> list[str]:
+def verdict(before: Mapping[str, Any], after: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
     """Parts of one sentence.
 
     Args:
         before, after: counts of the dense and of the written model.
         measured: what ``read_measured`` gives.
-        own, dense: under which names the two stand there; None where they do not.
     """
     parts = [_smaller(before, after)]
-    models = (measured.get("evaluation") or {}).get("models", {})
-    if own in models and dense in models:
-        parts += _faster(models[dense], models[own])
-        old, new = (models[name]["perplexity"]["value"] for name in (dense, own))
-        parts.append(f"perplexity {old:,.2f} → {new:,.2f}")
-    elif own in models:
-        parts.append(f"perplexity {models[own]['perplexity']['value']:,.2f}")
-    tasks = (measured.get("tasks") or {}).get("models", {})
-    if own in tasks and dense in tasks and own != dense:
-        kept = tasks[own]["kept"]
-        metric = next((name for name in ("acc_norm", "acc") if name in kept), None)
-        if metric is not None:
-            parts.append(f"{kept[metric]:.1%} of the dense model's task scores kept")
+    dense, own = _pair(measured.get(PERPLEXITY))
+    if dense and own:
+        parts += _faster(dense, own)
+        parts.append(f"perplexity {dense['perplexity']['value']:,.2f} → {own['perplexity']['value']:,.2f}")
+    elif own:
+        parts.append(f"perplexity {own['perplexity']['value']:,.2f}")
+    dense, own = _pair(measured.get(TASKS))
+    if dense and own:
+        parts += _kept(dense["means"], own["means"])
     return [part for part in parts if part]
+
+
+def _pair(found: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The figures of the dense model and of this one, as far as they are among what was measured.
+
+    Each measurement names its models anew; ``prune --evaluate``, which records no roles, calls them dense and pruned.
+    """
+    if not found:
+        return None, None
+    roles = found.get("roles") or {"dense": "dense", "own": "pruned"}
+    return found["models"].get(roles["dense"]), found["models"].get(roles["own"])
+
+
+def _kept(dense: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    metric = next((name for name in TASK_METRICS if name in dense and name in own), None)
+    if metric is None or not dense[metric]["value"]:
+        return []
+    return [f"{own[metric]['value'] / dense[metric]['value']:.1%} of the dense model's task scores kept"]
 
 
 def zeroed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
