@@ -32,68 +32,86 @@ class MeasureTable:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class _Figure:
+    """A row: what it is called, how it is read and shown, and how its error or spread is read where it has one."""
+
+    label: str
+    get: Get
+    show: Show
+    error: Get = lambda model: None
+
+
 def evaluated(evaluation: Mapping[str, Any]) -> MeasureTable:
-    """The table of what ``evaluate`` measured."""
+    """The table of what ``evaluate`` measured; a figure that has an error or a spread is shown with it."""
     models: Mapping[str, Mapping[str, Any]] = evaluation["models"]
     table = MeasureTable(list(models), note=evaluation["protocol"])
-    for label, get, show in _figures(models):
-        _add(table, label, [get(figures) for figures in models.values()], show)
+    for figure in _figures(models):
+        _add(table, figure, list(models.values()))
     return table
 
 
 def counted(heads: Sequence[str], counts: Sequence[Mapping[str, Any]]) -> MeasureTable:
     """The table of what was counted in the folders, before anything is measured."""
     table = MeasureTable(list(heads))
-    readers: list[tuple[str, Get, Show]] = [
-        ("parameters", lambda count: count["parameters"], human_count),
-        ("parameters not zero", lambda count: count["parameters"] - count["zeros"], human_count),
-        ("weights on disk", lambda count: count["bytes"], human_bytes),
-    ]
-    for label, get, show in readers:
-        _add(table, label, [get(count) for count in counts], show)
+    for figure in (
+        _Figure("parameters", lambda count: count["parameters"], human_count),
+        _Figure("parameters not zero", lambda count: count["parameters"] - count["zeros"], human_count),
+        _Figure("weights on disk", lambda count: count["bytes"], human_bytes),
+    ):
+        _add(table, figure, counts)
     return table
 
 
-def _add(table: MeasureTable, label: str, values: Sequence[float | None], show: Show) -> None:
-    first = values[0]
+def _add(table: MeasureTable, figure: _Figure, columns: Sequence[Mapping[str, Any]]) -> None:
+    first = figure.get(columns[0])
     cells = []
-    for place, value in enumerate(values):
+    for place, column in enumerate(columns):
+        value, error = figure.get(column), figure.error(column)
+        text = "–" if value is None else figure.show(value)
         ratio = f"{value / first:.2f} ×" if place and value is not None and first else ""
-        cells.append(Cell("–" if value is None else show(value), ratio))
-    table.rows.append((label, cells))
+        cells.append(Cell(text if error is None else f"{text} ± {figure.show(error)}", ratio))
+    table.rows.append((figure.label, cells))
 
 
-def _figures(models: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Get, Show]]:
-    """Label, reader and form of every figure that any of the models has."""
-    rows: list[tuple[str, Get, Show]] = [
-        ("perplexity", lambda m: m["perplexity"]["value"], "{:,.2f}".format),
-        ("KL to the first, nats a token", lambda m: _of(m["divergence"], "value"), "{:.4f}".format),
-        ("same likeliest token", lambda m: _of(m["divergence"], "agreement"), "{:.1%}".format),
-        ("parameters", lambda m: m["size"]["parameters"], human_count),
-        ("parameters not zero", lambda m: m["size"]["nonzero_parameters"], human_count),
-        ("weights on disk", lambda m: m["size"]["bytes_on_disk"], human_bytes),
-        ("MACs a token", lambda m: m["size"]["macs_per_token"], human_count),
-        ("peak memory of a forward", lambda m: m["size"]["peak_memory"], human_bytes),
-    ]
+def _figures(models: Mapping[str, Mapping[str, Any]]) -> list[_Figure]:
+    """Every figure that any of the models has.
+
+    Perplexity stands without its standard error: all models read the same windows, so they differ far more surely than that says.
+    """
+    rows = [
+        _Figure("perplexity", _reader("perplexity", "value"), "{:,.2f}".format),
+        _Figure("KL to the first, nats a token", _reader("divergence", "value"), "{:.4f}".format, _reader("divergence", "standard_error")),
+        _Figure("same likeliest token", _reader("divergence", "agreement"), "{:.1%}".format),
+        _Figure("parameters", _reader("size", "parameters"), human_count),
+        _Figure("parameters not zero", _reader("size", "nonzero_parameters"), human_count),
+        _Figure("weights on disk", _reader("size", "bytes_on_disk"), human_bytes),
+        _Figure("MACs a token", _reader("size", "macs_per_token"), human_count),
+        _Figure("peak memory of a forward", _reader("size", "peak_memory"), human_bytes),
+    ]  # fmt: skip
     timed = dict.fromkeys(name for m in models.values() for name in m["speed"] or {})
-    for name in timed:
-        rows.append((f"{name}, ms", lambda m, name=name: _latency(m, name), "{:,.1f}".format))  # type: ignore[misc]
-    for name in timed:
-        rows.append((f"{name}, tokens/s", lambda m, name=name: _rate(m, name), "{:,.0f}".format))  # type: ignore[misc]
-    return [row for row in rows if any(row[1](m) is not None for m in models.values())]
+    for what, of, show in (("ms", "latency", _milliseconds), ("tokens/s", "tokens_per_second", "{:,.0f}".format)):
+        rows += [
+            _Figure(f"{name}, {what}", _reader("speed", name, of), show, _reader("speed", name, f"{of}_spread"))
+            for name in timed
+        ]
+    return [row for row in rows if any(row.get(model) is not None for model in models.values())]
 
 
-def _of(figures: Mapping[str, Any] | None, name: str) -> float | None:
-    return None if figures is None else figures[name]
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.1f}"
 
 
-def _latency(model: Mapping[str, Any], name: str) -> float | None:
-    timed = (model["speed"] or {}).get(name)
-    return None if timed is None else 1000 * timed["latency"]
+def _reader(*path: str) -> Get:
+    """What stands at the end of these keys; None where one of them is missing."""
 
+    def read(model: Mapping[str, Any]) -> float | None:
+        found: Any = model
+        for key in path:
+            found = None if found is None else found.get(key)
+        return found
 
-def _rate(model: Mapping[str, Any], name: str) -> float | None:
-    return _of((model["speed"] or {}).get(name), "tokens_per_second")
+    return read
 
 
 def task_rows(tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
