@@ -55,6 +55,8 @@ FILES = {
     "rows not UTF-8": ("a.jsonl", lambda path: path.write_bytes(b'{"text": "caf\xe9"}'), "", {}, "is not UTF-8"),
     "bad line": ("a.jsonl", text('{"text": "a"}\n{"text": '), "", {}, "line 2 of"),
     "bad array": ("a.json", text('[{"text": "a"}, '), "", {}, "a.json is not JSON"),
+    "deep array": ("a.json", text("[" * 100_000), "", {}, "a.json is not JSON"),
+    "deep line": ("a.jsonl", text("[" * 100_000), "", {}, "line 1 of"),
     "numbers": ("a.json", text("[1, 2]"), "", {}, "row 1 of"),
     "unclear column": ("a.jsonl", rows({"a": "x", "b": "y"}), "", {}, "a.jsonl:COLUMN (there are: a, b)"),
     "no strings": ("a.jsonl", rows({"a": 1}), "", {}, "(there are: a)"),

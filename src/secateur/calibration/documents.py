@@ -164,7 +164,7 @@ def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # nested too deeply
                 raise CalibrationError(f"line {number} of {path} is not JSON ({error}); mend or remove it") from error
             yield _row(row, path, number)
 
@@ -177,7 +177,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         return
     try:
         rows = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{path} is not JSON ({error}); mend it or write it again") from error
     for number, row in enumerate(rows, start=1):
         yield _row(row, path, number)
