@@ -77,6 +77,39 @@ def test_killed_anywhere_it_ends_with_the_same_bits_and_the_same_curve(name, alw
     assert all(same_bits(tensor, weights(straight)[n]) for n, tensor in weights(model).items())
 
 
+@pytest.mark.parametrize(
+    "file", ["trained.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_damaged_checkpoint_costs_time_alone(file, damage, always, tmp_path, caplog):
+    settings = RecoverySettings(steps=4, batch_size=4, micro_batch=2, held_out=4, **METHODS["lora"])
+    straight, model = tiny_llama(), tiny_llama()
+    wanted = recover_model(straight, learnable_windows(), settings)
+    with pytest.raises(Died):
+        recover_model(model, learnable_windows(), settings, None, dies_at(3), tmp_path / "t")
+    (place,) = (tmp_path / "t").glob("checkpoint-*")
+    if damage == "gone":
+        (place / file).unlink()
+    else:
+        (place / file).write_bytes((place / file).read_bytes()[: (place / file).stat().st_size // 2])
+    fresh, steps = tiny_llama(), []
+    found = recover_model(
+        fresh, learnable_windows(), settings, None, lambda done, *_: steps.append(done), tmp_path / "t"
+    )
+    assert found == wanted
+    assert steps == [1, 2, 3, 4]
+    assert all(same_bits(tensor, weights(straight)[n]) for n, tensor in weights(fresh).items())
+    assert "is damaged" in caplog.text
+
+
+def test_a_damaged_best_state_is_said(tmp_path):
+    file = tmp_path / "best.safetensors"
+    checkpoints.write_state(file, {"a": torch.ones(3)})
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(SecateurError, match=r"best.safetensors.*is damaged.*--overwrite"):
+        checkpoints.read_state(file)
+
+
 def test_one_killed_after_its_last_checkpoint_trains_no_more(always, tmp_path):
     settings = RecoverySettings(steps=3, batch_size=4, held_out=4, learning_rate=1e-2)
     first, again, steps = tiny_llama(), tiny_llama(), []

@@ -10,15 +10,19 @@ import os
 import shutil
 import tempfile
 import time
+import zipfile
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from secateur.console import log
+from secateur.errors import OutputError
 from secateur.files import atomic_file, remove_temporaries, sync, sync_tree
 from secateur.recovery.methods import Student
 from secateur.workers import ALONE, Workers
@@ -38,8 +42,34 @@ def write_state(file: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def read_state(file: Path) -> dict[str, Tensor]:
-    """What ``write_state`` wrote."""
-    return load_file(file)
+    """What ``write_state`` wrote.
+
+    Raises:
+        OutputError: it is not there or not whole.
+    """
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise OutputError(
+            f"{file}, which this recovery wrote, is damaged ({error}); start over with --overwrite"
+        ) from error
+
+
+def _history(place: Path) -> Any:
+    from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+
+    return TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
+
+
+def _read_through(place: Path, workers: int) -> None:
+    """Read every file of a checkpoint once; what PyTorch wrote is an archive with sums of its parts."""
+    _history(place)
+    read_state(place / TRAINED)
+    random_states = ["rng_state.pth"] if workers == 1 else [f"rng_state_{rank}.pth" for rank in range(workers)]
+    for name in ("optimizer.pt", "scheduler.pt", *random_states):
+        with zipfile.ZipFile(place / name) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{name}, {damaged}")
 
 
 class Checkpoints:
@@ -54,10 +84,20 @@ class Checkpoints:
         if workers.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_temporaries(folder)
+            self._remove_damaged()
         workers.wait()
         self._place: str | None = None
         self._saved_at, self._cost = time.monotonic(), 0.0
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch: divide by their number
+
+    def _remove_damaged(self) -> None:
+        """Training from the start ends where training from a checkpoint ends, so one that cannot be read costs only time."""
+        for place in self.folder.glob(f"{PREFIX}*"):
+            try:
+                _read_through(place, self.workers.size)
+            except (OutputError, OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+                log.warning(f"The checkpoint {place} is damaged ({error}), so training starts over.")
+                shutil.rmtree(place)
 
     def is_checkpoint_due(self) -> bool:
         """Whether the work since the last checkpoint is worth writing one. It changes no bit of the result."""
@@ -71,10 +111,8 @@ class Checkpoints:
 
     def found(self) -> Any:
         """The Trainer's state in it."""
-        from transformers.trainer import TRAINER_STATE_NAME, TrainerState
-
         place = self.found_folder()
-        return TrainerState.load_from_json(str(Path(place) / TRAINER_STATE_NAME)) if place else None
+        return _history(Path(place)) if place else None
 
     def found_state(self) -> dict[str, Tensor]:
         """The student's state in it."""
