@@ -115,13 +115,32 @@ def started() -> int:
     return int(text)
 
 
+SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}  # fmt: skip
+"""What ``accelerate launch`` sets to share out a model's weights, and what it means by it."""
+
+
+def refuse_sharding() -> None:
+    """Masks, factors of rows and what is folded in the end act on whole matrices, so weights stay in one piece.
+
+    Raises:
+        RecipeError: ``accelerate launch`` was told to share them out.
+    """
+    for name, called in SHARDING.items():
+        if os.environ.get(name, "").lower() in ("true", "1"):
+            raise RecipeError(
+                f"{called} shares out the weights, and Secateur needs each matrix whole; launch without it "
+                f"(accelerate launch --multi_gpu, or torchrun), or unset {name}"
+            )
+
+
 def join() -> Workers:
-    """The workers that ``torchrun`` has started, or this process alone.
+    """The workers that ``torchrun`` or ``accelerate launch`` has started, or this process alone.
 
     Raises:
         ResourceError: they cannot be reached.
         RecipeError: the environment speaks of workers that are not there.
     """
+    refuse_sharding()
     size = started()
     if size == 1:
         return ALONE

@@ -19,6 +19,7 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.recovery import RecoverySettings
 from secateur.recovery.settings import schedule
+from secateur.workers import SHARDING
 
 pytestmark = pytest.mark.usefixtures("same_process")
 
@@ -114,6 +115,15 @@ def test_two_workers_that_die_go_on_to_the_same_bytes(sparse, text, tmp_path):
     assert "other-workers" not in said
     finish(recover(sparse, tmp_path / "out", text, words, 2))
     assert different(tmp_path / "whole", tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(("name", "called"), SHARDING.items())
+def test_weights_are_not_shared_out(name, called, sparse, tmp_path, monkeypatch, command):
+    monkeypatch.setenv(name, "true")
+    code, _, said = command("recover", sparse, "--out", tmp_path / "out")
+    assert code == 2
+    assert f"{called} shares out the weights" in said
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_step_is_shared_in_whole_micro_batches():
