@@ -284,6 +284,7 @@ def test_overlap_is_found_wherever_it_lies():
 
 BAD = {
     "no recipes": ([], "nothing to compare"),
+    "a flag for a recipe": (["--overwrite"], "--recipes names no recipe before --overwrite"),
     "an unknown file": (["nowhere.yaml"], "no recipe at nowhere.yaml"),
     "the same name twice": (["wanda", "wanda"], "two recipes are called 'wanda'"),
     "an unknown criterion": (["wonda"], "recipe 'wonda' cannot be used: .*did you mean 'wanda'"),
@@ -336,8 +337,32 @@ def test_bad_input_is_one_sentence(case, command, planned, llama_folder, windows
     assert last.startswith("secateur: ")
     assert re.search(sentence, last), last
     assert "Traceback" not in err
+    assert "Calibrating" not in err
     assert [p for p in sorted(tmp_path.rglob("*")) if p not in before and "cache" not in p.parts] == []
     assert planned == []
+
+
+def test_a_recipe_that_is_overruled_is_told(command, planned, llama_folder, windows_file, held_out, tmp_path):
+    (tmp_path / "mine.yaml").write_text("criterion: magnitude\nwindows: 3\ncalibration: mine.txt\nseed: 0\n")
+    words = [
+        "--calibration",
+        windows_file,
+        "--text",
+        held_out,
+        "--windows",
+        "2",
+        "--seed",
+        "0",
+        "--out",
+        tmp_path / "out",
+    ]
+    code, _, err = command("compare", llama_folder, "--recipes", tmp_path / "mine.yaml", *words)
+    assert code == 0, err
+    said = [line for line in err.splitlines() if line.startswith("'mine' says")]
+    assert said == [
+        f"'mine' says calibration mine.txt; here it is {windows_file} for all.",
+        "'mine' says windows 3; here it is 2 for all.",
+    ]
 
 
 def test_a_folder_of_something_else_is_refused_until_overwritten(run, planned, save, tmp_path, held_out, windows_file):

@@ -32,6 +32,7 @@ from secateur.comparison.folder import (
     SCRATCH,
     TABLES,
     RunFolder,
+    check_folder,
     comparison_folder,
     read_json,
 )
@@ -110,13 +111,14 @@ def compare(
     checkpoint = open_checkpoint(model, shared.trust_remote_code)
     require_causal(checkpoint)
     check_apart(out, checkpoint.folder, text, shared.calibration, *_files(recipes))
+    identity = {"version": secateur.__version__, "model": checkpoint.content_hash}
+    check_folder(out, identity, overwrite)  # before the minutes that windows may take
     held_out = held_out_windows(checkpoint, text, context, max_windows, shared.trust_remote_code)
     drawn = not shared.calibration.partition(":")[0].endswith(".safetensors")
     calibration = _calibration(checkpoint, entries, range(shared.seed, shared.seed + seeds), drawn)
     notes = check_overlap(held_out, calibration.values())
     if seeds > 1 and not drawn:
         notes.append("The calibration windows are fixed, so seeds change only what is random in a recipe itself.")
-    identity = {"version": secateur.__version__, "model": checkpoint.content_hash}
     with comparison_folder(out, identity, overwrite) as folder:
         runs = _runs(folder, entries, checkpoint, calibration, seeds, drawn)
         for run in runs:

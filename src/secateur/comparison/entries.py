@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from secateur.console import log
 from secateur.criteria.random import Random
 from secateur.errors import RecipeError
 from secateur.recipe import Recipe, recipe_from
@@ -103,6 +104,8 @@ def read_entries(model: str, recipes: Sequence[str | Path], given: Mapping[str, 
 
 def _read(text: str) -> tuple[str, dict[str, Any]]:
     """A recipe's name, and the fields it gives."""
+    if text.startswith("-"):  # what follows --recipes is its first recipe, whatever it looks like
+        raise RecipeError(f"--recipes names no recipe before {text}; give some, for example --recipes wanda gblm")
     path = Path(text).expanduser()
     if path.suffix.lower() in RECIPE_SUFFIXES or path.is_file():
         return path.stem, read_yaml(path)
@@ -143,6 +146,10 @@ def _agreed(fields: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -
         RecipeError: two recipes say different things.
     """
     agreed = {field: value for field, value in given.items() if value is not None}
+    for name, content in fields.items():
+        for field in sorted(agreed.keys() & content.keys()):
+            if content[field] is not None and str(content[field]) != str(agreed[field]):
+                log.info("'%s' says %s %s; here it is %s for all.", name, field, content[field], agreed[field])
     for field in SHARED:
         if field in agreed:
             continue

@@ -95,7 +95,7 @@ def comparison_folder(out: Path, identity: Mapping[str, Any], overwrite: bool) -
     Raises:
         OutputError: it holds something else, cannot be written, or another comparison is writing it.
     """
-    before = _check(out)
+    before = check_folder(out, identity, overwrite)
     new = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -118,11 +118,12 @@ def comparison_folder(out: Path, identity: Mapping[str, Any], overwrite: bool) -
         lock.release()
 
 
-def _check(out: Path) -> dict[str, Any]:
-    """What began the comparison in ``out``; nothing where there is none yet.
+def check_folder(out: Path, identity: Mapping[str, Any], overwrite: bool) -> dict[str, Any]:
+    """What began the comparison in ``out``; nothing where there is none yet. Changes nothing.
 
     Raises:
-        OutputError: ``out`` is a file, or holds what no comparison writes.
+        OutputError: ``out`` is a file, holds what no comparison writes, or the comparison of another model or version that is
+            not to be overwritten.
     """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file; give a folder that does not exist yet")
@@ -130,7 +131,14 @@ def _check(out: Path) -> dict[str, Any]:
     if foreign is not None:
         raise OutputError(f"{out} holds {foreign.name}, which is not of a comparison; give another --out")
     found = read_json(out / STARTED)
-    return found if isinstance(found.get("identity"), dict) else {}
+    if not isinstance(found.get("identity"), dict):
+        return {}
+    others = differences(found["identity"], identity)
+    if others and not overwrite:
+        raise OutputError(
+            f"{out} holds a comparison with {in_words(others)}; give another --out, or --overwrite to start over"
+        )
+    return found
 
 
 def _is_ours(item: Path) -> bool:
@@ -138,16 +146,8 @@ def _is_ours(item: Path) -> bool:
 
 
 def _take_over(out: Path, before: Mapping[str, Any], identity: Mapping[str, Any], overwrite: bool) -> None:
-    """Go on with what is in ``out``, or empty it.
-
-    Raises:
-        OutputError: it is the comparison of another model, or of another version.
-    """
-    others = differences(before["identity"], identity) if before else []
-    if others and not overwrite:
-        raise OutputError(
-            f"{out} holds a comparison with {in_words(others)}; give another --out, or --overwrite to start over"
-        )
+    """Go on with what is in ``out``, or empty it."""
+    others = bool(before) and before["identity"] != identity
     # A comparison that was begun with --overwrite goes on with it.
     if not before or (overwrite and (others or not before.get("overwriting"))):
         for name in OURS:
