@@ -117,8 +117,10 @@ def test_what_is_measured_later_goes_into_page_and_card(cut, windows_file, tmp_p
     shown = dict(facts["tables"][0].rows)
     timed = read_measured(tmp_path / "tuned")["evaluation"]["models"]["tuned"]["speed"]["decode, batch 8"]
     latency, spread = 1000 * timed["latency"], 1000 * timed["latency_spread"]
-    assert shown["decode, batch 8, ms"][2].text == f"{latency:,.1f} ± {spread:,.1f}"
-    assert all(" ± " in cell.text for cell in shown["KL to the first, nats a token"][1:])
+    assert shown["decode, batch 8, ms"][2].text == f"{latency:,.1f} ±\u00a0{spread:,.1f}"
+    rate, spread = timed["tokens_per_second"], timed["tokens_per_second_spread"]
+    assert shown["decode, batch 8, tokens/s"][2].text == f"{rate:,.1f} ±\u00a0{spread:,.1f}"
+    assert all(" ±\u00a0" in cell.text for cell in shown["KL to the first, nats a token"][1:])
     assert facts["training"]["lines"][0].startswith("lora")
     losses = [row["loss"] for row in values_of(facts["training"]["chart"]) if row["on"] == "training"]
     assert losses == record_of(tmp_path / "tuned")["training"]["losses"]

@@ -70,7 +70,7 @@ def _add(table: MeasureTable, figure: _Figure, columns: Sequence[Mapping[str, An
         value, error = figure.get(column), figure.error(column)
         text = "–" if value is None else figure.show(value)
         ratio = f"{value / first:.2f} ×" if place and value is not None and first else ""
-        cells.append(Cell(text if error is None else f"{text} ± {figure.show(error)}", ratio))
+        cells.append(Cell(text if error is None else f"{text} ±\u00a0{figure.show(error)}", ratio))
     table.rows.append((figure.label, cells))
 
 
@@ -90,7 +90,7 @@ def _figures(models: Mapping[str, Mapping[str, Any]]) -> list[_Figure]:
         _Figure("peak memory of a forward", _reader("size", "peak_memory"), human_bytes),
     ]  # fmt: skip
     timed = dict.fromkeys(name for m in models.values() for name in m["speed"] or {})
-    for what, of, show in (("ms", "latency", _milliseconds), ("tokens/s", "tokens_per_second", "{:,.0f}".format)):
+    for what, of, show in (("ms", "latency", _milliseconds), ("tokens/s", "tokens_per_second", "{:,.1f}".format)):
         rows += [
             _Figure(f"{name}, {what}", _reader("speed", name, of), show, _reader("speed", name, f"{of}_spread"))
             for name in timed
