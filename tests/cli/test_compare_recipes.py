@@ -344,18 +344,8 @@ def test_bad_input_is_one_sentence(case, command, planned, llama_folder, windows
 
 def test_a_recipe_that_is_overruled_is_told(command, planned, llama_folder, windows_file, held_out, tmp_path):
     (tmp_path / "mine.yaml").write_text("criterion: magnitude\nwindows: 3\ncalibration: mine.txt\nseed: 0\n")
-    words = [
-        "--calibration",
-        windows_file,
-        "--text",
-        held_out,
-        "--windows",
-        "2",
-        "--seed",
-        "0",
-        "--out",
-        tmp_path / "out",
-    ]
+    given = ["--calibration", windows_file, "--windows", "2", "--seed", "0"]
+    words = [*given, "--text", held_out, "--out", tmp_path / "out"]
     code, _, err = command("compare", llama_folder, "--recipes", tmp_path / "mine.yaml", *words)
     assert code == 0, err
     said = [line for line in err.splitlines() if line.startswith("'mine' says")]

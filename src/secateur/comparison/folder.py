@@ -106,7 +106,7 @@ def comparison_folder(out: Path, identity: Mapping[str, Any], overwrite: bool) -
         with full_disk_is_an_error(out):
             if not lock.acquire():
                 raise OutputError(f"another comparison is writing {out}; wait for it, or give another --out")
-            _take_over(out, before, json.loads(json.dumps(identity)), overwrite)
+            _take_over(out, before, identity, overwrite)
             yield out
             write_json(out / STARTED, {"identity": identity, "overwriting": False}, durable=True)
     finally:
@@ -147,9 +147,8 @@ def _is_ours(item: Path) -> bool:
 
 def _take_over(out: Path, before: Mapping[str, Any], identity: Mapping[str, Any], overwrite: bool) -> None:
     """Go on with what is in ``out``, or empty it."""
-    others = bool(before) and before["identity"] != identity
     # A comparison that was begun with --overwrite goes on with it.
-    if not before or (overwrite and (others or not before.get("overwriting"))):
+    if before.get("identity") != identity or (overwrite and not before.get("overwriting")):
         for name in OURS:
             if name != LOCK:
                 _remove(out / name)
