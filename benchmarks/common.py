@@ -93,8 +93,9 @@ class Results:
         machine = self.content["machine"]
         dates = sorted({entry["date"] for entry in self.content["entries"].values()})
         when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "not measured yet"
+        gpu = f"{machine['gpu']}, " if machine.get("gpu") else ""
         return (
-            f"`{self.content['command']}`: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+            f"`{self.content['command']}`: {gpu}{machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
             f"Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}; {when}{more}."
         )
 
@@ -114,4 +115,5 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -15,15 +15,16 @@ from safetensors.torch import save_file
 HIDDEN, WIDTH, HEADS, VOCABULARY, LAYERS = 4096, 11008, 32, 32000, 32
 
 
-def make_large_model(folder: Path, layers: int = LAYERS) -> Path:
-    """Write the model into ``folder``, unless it is there."""
+def make_large_model(folder: Path, layers: int = LAYERS, device: str = "cpu") -> Path:
+    """Write the model into ``folder``, unless it is there; ``device`` draws the numbers."""
     if (folder / "model.safetensors.index.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
-        return torch.empty(rows, columns, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        drawn = torch.empty(rows, columns, dtype=torch.bfloat16, device=device)
+        return drawn.normal_(0, 0.02, generator=generator).cpu()
 
     def block(index: int) -> dict[str, torch.Tensor]:
         prefix = f"model.layers.{index}."
