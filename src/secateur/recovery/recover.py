@@ -60,7 +60,8 @@ def recover_model(
         teacher: the dense model, for a method that needs one.
         structure: the model's units, for a method that lets some leave. They are silenced here (what reads them is zeroed), and
             ``RecoveryLog.removed`` names them, so that a caller can cut.
-        workers: processes that share the windows of every step; each calls this with the same arguments and gets the same model.
+        workers: processes that share the windows of every step, and the weights if they say so; each calls this with the same
+            arguments and gets the same model.
 
     Raises:
         CalibrationError: the windows are too few, too short or hold unknown tokens.
