@@ -82,8 +82,7 @@ def shared_out(model: Any, workers: Workers, device: torch.device, products: tor
 
 def lead(student: nn.Module) -> None:
     """Make ``student`` the root of its blocks, so that they share buffers and what one has gathered is let go in time."""
-    blocks = [parameter for parameter in student.parameters() if is_shared(parameter)]
-    mesh = blocks[0].device_mesh  # type: ignore[attr-defined]
+    mesh = next(parameter.device_mesh for parameter in student.parameters() if isinstance(parameter, DTensor))
     fully_shard(student, mesh=mesh, ignored_params={p for p in student.parameters() if not is_shared(p)})
 
 
