@@ -64,14 +64,15 @@ def recover_folder(
     """Tune ``spec`` by ``settings.method``, merge, write to ``out``, and check it in a fresh process.
 
     A run that died goes on in ``OUT.partial`` when the same is asked for again. Several processes that ``torchrun`` or ``accelerate
-    launch`` has started share the windows of every step.
+    launch`` has started share the windows of every step, and the weights where FSDP is asked for.
 
     Raises:
         SecateurError: whatever the user can mend; nothing is left behind, except by too little memory or disk.
     """
     from secateur.recovery import RecoverySettings, Teacher, recover_model
+    from secateur.recovery.sharding import hidden_from_accelerate
 
-    workers = join()
+    workers = join(may_shard=True)
     settings, out = settings or RecoverySettings(), absolute(out)
     method = settings.parsed_method()
     checkpoint = open_checkpoint(spec)
@@ -81,6 +82,7 @@ def recover_folder(
     skeleton = checkpoint.skeleton
     structure = find_all_units(skeleton.model, skeleton.blocks_name) if method.needs_units else None
 
+    @hidden_from_accelerate()
     def tuned(ids_NT: torch.Tensor, folder: Path) -> tuple[Any, RecoveryLog, dict[str, torch.Tensor]]:
         masks = sparse_masks(checkpoint)
         if masks:
@@ -115,7 +117,7 @@ def recover_folder(
         "teacher": dense.content_hash if dense is not None else None,
     }
     placement = placement_for("auto", torch.float32)
-    start = Start(identity, present_settings(settings.micro_batch, placement, workers.size), overwrite)
+    start = Start(identity, present_settings(settings.micro_batch, placement, workers.size, workers.shards), overwrite)
     if finished_before(out, start, overwrite):
         workers.first(None)
         return already_complete(out, push_to_hub)

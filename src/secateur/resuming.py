@@ -35,6 +35,7 @@ class Settings:
         workers: processes that share the windows.
         threads: of one process.
         capability: the vector instructions that torch uses.
+        weights: whether each process trains them whole or a part of them.
     """
 
     micro_batch: int
@@ -45,14 +46,17 @@ class Settings:
     transformers: str
     processor: str
     capability: str
+    weights: str = "whole"
 
     def bound(self) -> dict[str, Any]:
         """What an attempt cannot choose: it has to be found as it was."""
         content = asdict(self)
-        return {name: content[name] for name in ("device", "torch", "transformers", "processor", "capability")}
+        return {
+            name: content[name] for name in ("device", "torch", "transformers", "processor", "capability", "weights")
+        }
 
 
-def present_settings(micro_batch: int, placement: Placement = HERE, workers: int = 1) -> Settings:
+def present_settings(micro_batch: int, placement: Placement = HERE, workers: int = 1, shards: bool = False) -> Settings:
     """The settings of a run that begins here and now."""
     return Settings(
         micro_batch=micro_batch,
@@ -63,6 +67,7 @@ def present_settings(micro_batch: int, placement: Placement = HERE, workers: int
         transformers=transformers.__version__,
         processor=_processor(),
         capability=torch.backends.cpu.get_cpu_capability(),
+        weights="shared out" if shards else "whole",
     )
 
 
@@ -263,6 +268,7 @@ NAMES = {
     "evaluate_on": "--evaluate",
     "settings.capability": "vector instructions",
     "settings.processor": "the processor",
+    "settings.weights": "weights that are",
 }
 
 

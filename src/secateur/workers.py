@@ -30,10 +30,11 @@ class Workers:
     Attributes:
         rank: this process's number.
         size: how many there are.
+        shards: whether they share out the weights of what they train; one alone has nobody to share with.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, shards: bool = False) -> None:
+        self.rank, self.size, self.shards = rank, size, shards and size > 1
 
     @property
     def leads(self) -> bool:
@@ -115,32 +116,40 @@ def started() -> int:
     return int(text)
 
 
-SHARDING = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}  # fmt: skip
+USE_FSDP = "ACCELERATE_USE_FSDP"
+SHARDING = {USE_FSDP: "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM"}
 """What ``accelerate launch`` sets to share out a model's weights, and what it means by it."""
 
 
-def refuse_sharding() -> None:
-    """Masks, factors of rows and what is folded in the end act on whole matrices, so weights stay in one piece.
+def _is_asked(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("true", "1")
+
+
+def refuse_sharding(allowed: tuple[str, ...] = ()) -> None:
+    """Scores and masks of whole matrices need weights in one piece; recovery alone knows how to share them out, by FSDP.
 
     Raises:
-        RecipeError: ``accelerate launch`` was told to share them out.
+        RecipeError: ``accelerate launch`` was told to share them out, by something that is not ``allowed``.
     """
     for name, called in SHARDING.items():
-        if os.environ.get(name, "").lower() in ("true", "1"):
+        if name not in allowed and _is_asked(name):
             raise RecipeError(
                 f"{called} shares out the weights, and Secateur needs each matrix whole; launch without it "
                 f"(accelerate launch --multi_gpu, or torchrun), or unset {name}"
             )
 
 
-def join() -> Workers:
+def join(may_shard: bool = False) -> Workers:
     """The workers that ``torchrun`` or ``accelerate launch`` has started, or this process alone.
+
+    Args:
+        may_shard: where FSDP is asked for, share out weights; otherwise it is refused.
 
     Raises:
         ResourceError: they cannot be reached.
         RecipeError: the environment speaks of workers that are not there.
     """
-    refuse_sharding()
+    refuse_sharding((USE_FSDP,) if may_shard else ())
     size = started()
     if size == 1:
         return ALONE
@@ -159,7 +168,7 @@ def join() -> Workers:
         except (RuntimeError, ValueError) as error:
             raise ResourceError(f"the workers cannot reach each other ({error}); start them with torchrun") from error
         atexit.register(_leave)
-    return Workers(torch.distributed.get_rank(), size)
+    return Workers(torch.distributed.get_rank(), size, _is_asked(USE_FSDP))
 
 
 def alone(command: str) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,11 @@ import secateur
 from secateur.errors import RecipeError
 from secateur.recovery import RecoverySettings
 from secateur.recovery.settings import schedule
-from secateur.workers import SHARDING
+from secateur.workers import SHARDING, USE_FSDP
 
 pytestmark = pytest.mark.usefixtures("same_process")
 
+Launcher = Callable[[int], list[str]]
 SOURCES = str(Path(__file__).parents[2] / "src")
 
 
@@ -47,11 +49,22 @@ main()
 """
 
 
-def recover(folder: Path, out: Path, text: Path, words: list[str], workers: int) -> subprocess.Popen:
+def torchrun(workers: int) -> list[str]:
+    return ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
+
+
+def fsdp(workers: int) -> list[str]:
+    options = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", str(workers), "--main_process_port", "0"]
+    return ["-m", "accelerate.commands.launch", *options]
+
+
+def recover(
+    folder: Path, out: Path, text: Path, words: list[str], workers: int, launcher: Launcher = torchrun
+) -> subprocess.Popen:
     script = out.parent / "often.py"
     script.write_text(OFTEN)
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"] if workers > 1 else []
-    command = [sys.executable, *launch, str(script), "recover", str(folder), "--out", str(out), "--data", str(text)]
+    command = [sys.executable, *launcher(workers), str(script), "recover", str(folder), "--out", str(out)]
+    words = ["--data", str(text), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCES}
     return subprocess.Popen(
         [*command, *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -99,10 +112,28 @@ def test_two_workers_take_the_steps_of_one(method, sparse, text, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_workers_that_die_go_on_to_the_same_bytes(sparse, text, tmp_path):
+def test_sharing_out_weights_is_a_launch_command_away(sparse, text, tmp_path):
+    """The very command of the walkthrough; on a CPU accelerate starts it as on GPUs."""
+    words = [*SETTINGS, "--method", "full", "--learning-rate", "1e-3", "--data", str(text)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": SOURCES}
+    for name, launch in {"plain": [], "1": fsdp(1), "2": fsdp(2)}.items():
+        command = [sys.executable, *launch, "-m", "secateur", "recover", str(sparse), "--out", str(tmp_path / name)]
+        subprocess.run([*command, *words], env=environment, check=True, timeout=300)
+    assert different(tmp_path / "plain", tmp_path / "1") == []
+    one, two = (training(tmp_path / name) for name in ("1", "2"))
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("1", "2"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=0)
+        assert torch.equal(two[name] == 0, weight == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [torchrun, fsdp])
+def test_two_workers_that_die_go_on_to_the_same_bytes(launcher, sparse, text, tmp_path):
     words = ["--steps", "60", "--batch-size", "4", "--micro-batch", "2", "--held-out", "4"]
-    finish(recover(sparse, tmp_path / "whole", text, words, 2))
-    died = recover(sparse, tmp_path / "out", text, words, 2)
+    finish(recover(sparse, tmp_path / "whole", text, words, 2, launcher))
+    died = recover(sparse, tmp_path / "out", text, words, 2, launcher)
     until = time.monotonic() + 120
     while not list((tmp_path / "out.partial").rglob("checkpoint-1?")) and time.monotonic() < until:
         time.sleep(0.02)
@@ -111,16 +142,19 @@ def test_two_workers_that_die_go_on_to_the_same_bytes(sparse, text, tmp_path):
     again = recover(sparse, tmp_path / "out", text, words, 1)
     _, said = again.communicate(timeout=300)
     assert again.returncode == 2
-    assert "2 workers" in said
+    assert ("2 workers" if launcher is torchrun else "weights that are shared out") in said
     assert "other-workers" not in said
-    finish(recover(sparse, tmp_path / "out", text, words, 2))
+    finish(recover(sparse, tmp_path / "out", text, words, 2, launcher))
     assert different(tmp_path / "whole", tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("word", ["recover", "prune"])
 @pytest.mark.parametrize(("name", "called"), SHARDING.items())
-def test_weights_are_not_shared_out(name, called, sparse, tmp_path, monkeypatch, command):
+def test_what_cannot_be_shared_out_is_refused(name, called, word, llama_folder, tmp_path, monkeypatch, command):
+    if (word, name) == ("recover", USE_FSDP):
+        pytest.skip("that it can")
     monkeypatch.setenv(name, "true")
-    code, _, said = command("recover", sparse, "--out", tmp_path / "out")
+    code, _, said = command(word, llama_folder, "--out", tmp_path / "out")
     assert code == 2
     assert f"{called} shares out the weights" in said
     assert not list(tmp_path.glob("out*"))

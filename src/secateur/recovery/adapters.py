@@ -18,6 +18,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from secateur.recovery.sharding import placed_like, whole
+
 
 class _MaskedLinear(torch.autograd.Function):
     """``y = F.linear(x, W + M * s(B A), bias)`` that keeps no ``(O, I)`` matrix for the backward pass.
@@ -155,8 +157,10 @@ def merged(wrapped: Any) -> dict[str, Tensor]:
     Args:
         wrapped: the ``PeftModel`` of ``adapted``; it is not changed.
     """
-    return {
-        f"{name}.weight": layer.get_base_layer().weight + layer.get_delta_weight(layer.active_adapters[0])
-        for name, layer in wrapped.get_base_model().named_modules()
-        if isinstance(layer, LoraLinear)
-    }
+    new = {}
+    for name, layer in wrapped.get_base_model().named_modules():
+        if isinstance(layer, LoraLinear):
+            weight = layer.get_base_layer().weight
+            new_OI = whole(weight) + layer.get_delta_weight(layer.active_adapters[0])
+            new[f"{name}.weight"] = placed_like(new_OI, weight)
+    return new

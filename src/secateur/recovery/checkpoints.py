@@ -25,9 +25,11 @@ from secateur.console import log
 from secateur.errors import OutputError
 from secateur.files import atomic_file, remove_temporaries, sync, sync_tree
 from secateur.recovery.methods import Student
+from secateur.recovery.sharding import as_part_of, local
 from secateur.workers import ALONE, Workers
 
 PREFIX, TRAINED, BEST = "checkpoint-", "trained.safetensors", "best.safetensors"
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
 
 LEAST_SECONDS = 15.0
 """Between two checkpoints."""
@@ -61,12 +63,23 @@ def _history(place: Path) -> Any:
     return TrainerState.load_from_json(str(place / TRAINER_STATE_NAME))
 
 
-def _read_through(place: Path, workers: int) -> None:
+def _of(name: str, rank: int) -> str:
+    """The file that holds what worker ``rank`` has of ``name``."""
+    return Path(name).stem + f"_{rank}" + Path(name).suffix
+
+
+def _of_all(name: str, workers: Workers, each: bool) -> list[str]:
+    """The files that hold ``name``: one, or one of ``each``."""
+    return [_of(name, rank) for rank in range(workers.size)] if each else [name]
+
+
+def _read_through(place: Path, workers: Workers) -> None:
     """Read every file of a checkpoint once; what PyTorch wrote is an archive with sums of its parts."""
     _history(place)
-    read_state(place / TRAINED)
-    random_states = ["rng_state.pth"] if workers == 1 else [f"rng_state_{rank}.pth" for rank in range(workers)]
-    for name in ("optimizer.pt", "scheduler.pt", *random_states):
+    for name in _of_all(TRAINED, workers, workers.shards):
+        read_state(place / name)
+    optimizers = _of_all(OPTIMIZER, workers, workers.shards)
+    for name in (*optimizers, SCHEDULER, *_of_all("rng_state.pth", workers, workers.size > 1)):
         with zipfile.ZipFile(place / name) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"{name}, {damaged}")
@@ -79,7 +92,10 @@ class Checkpoints:
     folder: Path
 
     def begin(self, student: Student, folder: Path, workers: Workers = ALONE) -> None:
-        """Say what is saved, and where, and by whom: the first of ``workers`` writes all but the others' random states."""
+        """Say what is saved, and where, and by whom: the first of ``workers`` writes all but the others' random states.
+
+        Where weights are shared out, each writes its own part of what is trained, and of the optimiser's state.
+        """
         self.student, self.folder, self.workers = student, folder, workers
         if workers.leads:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,11 +106,20 @@ class Checkpoints:
         self._saved_at, self._cost = time.monotonic(), 0.0
         self.model_accepts_loss_kwargs = False  # the loss is a mean over each micro-batch: divide by their number
 
+    @property
+    def writes(self) -> bool:
+        """Whether this worker has something to write that no other has."""
+        return self.workers.leads or self.workers.shards
+
+    def own(self, name: str) -> str:
+        """The file ``name`` as this worker writes it and reads it."""
+        return _of(name, self.workers.rank) if self.workers.shards else name
+
     def _remove_damaged(self) -> None:
         """Training from the start ends where training from a checkpoint ends, so one that cannot be read costs only time."""
         for place in self.folder.glob(f"{PREFIX}*"):
             try:
-                _read_through(place, self.workers.size)
+                _read_through(place, self.workers)
             except (OutputError, OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
                 log.warning(f"The checkpoint {place} is damaged ({error}), so training starts over.")
                 shutil.rmtree(place)
@@ -118,7 +143,7 @@ class Checkpoints:
         """The student's state in it."""
         place = self.found_folder()
         assert place is not None
-        return read_state(Path(place) / TRAINED)
+        return read_state(Path(place) / self.own(TRAINED))
 
     # -- what the Trainer calls
 
@@ -150,12 +175,35 @@ class Checkpoints:
     def _temporary(self) -> Any:
         return tempfile.TemporaryDirectory(prefix=".checkpoint.", dir=self.folder)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         assert output_dir is not None
         os.makedirs(output_dir, exist_ok=True)
-        state = self.student.state()
-        save_file({name: tensor.detach().contiguous() for name, tensor in state.items()}, Path(output_dir) / TRAINED)
+        if self.writes:
+            state = {name: tensor.detach().contiguous() for name, tensor in self.student.state().items()}
+            save_file(state, Path(output_dir) / self.own(TRAINED))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.workers.shards:
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        content = self.optimizer.state_dict()  # type: ignore[attr-defined]
+        state = {number: {key: local(part) for key, part in kept.items()} for number, kept in content["state"].items()}
+        torch.save({**content, "state": state}, Path(output_dir) / self.own(OPTIMIZER))
+        if self.workers.leads:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER)  # type: ignore[attr-defined]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.workers.shards or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        optimizer: Any = self.optimizer  # type: ignore[attr-defined]
+        found = torch.load(Path(checkpoint) / self.own(OPTIMIZER), map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(found)
+        for parameter, kept in optimizer.state.items():
+            kept |= {key: as_part_of(part, parameter) for key, part in kept.items()}
+        schedule = torch.load(Path(checkpoint) / SCHEDULER, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        self.student.take(read_state(Path(resume_from_checkpoint) / TRAINED))
+        self.student.take(read_state(Path(resume_from_checkpoint) / self.own(TRAINED)))

@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from secateur.console import log
 from secateur.errors import CalibrationError, PlanError, RecipeError
+from secateur.recovery.lending import lent
 from secateur.recovery.losses import held_out_loss
 from secateur.recovery.merging import replace_weights, rounded
 from secateur.recovery.methods import Task
 from secateur.recovery.settings import RecoveryLog, RecoverySettings, Schedule, schedule
+from secateur.recovery.sharding import lead
 from secateur.recovery.teacher import Teacher
 from secateur.structure import Structure
 from secateur.workers import ALONE, Workers
@@ -58,7 +60,8 @@ def recover_model(
         teacher: the dense model, for a method that needs one.
         structure: the model's units, for a method that lets some leave. They are silenced here (what reads them is zeroed), and
             ``RecoveryLog.removed`` names them, so that a caller can cut.
-        workers: processes that share the windows of every step; each calls this with the same arguments and gets the same model.
+        workers: processes that share the windows of every step, and the weights if they say so; each calls this with the same
+            arguments and gets the same model.
 
     Raises:
         CalibrationError: the windows are too few, too short or hold unknown tokens.
@@ -75,32 +78,41 @@ def recover_model(
     kept = _checked_masks(model, masks or {})
     held_out_NT, train_NT = _split(_checked_windows(model, ids_NT), settings)
     plan = schedule(settings, len(train_NT), workers.size)
-    from secateur.recovery.training import train
+    from secateur.recovery.training import autocast_here, train
 
     log.info(
         f"recovering by {method.title}: {plan.steps} steps of {plan.batch_size} x {ids_NT.shape[1]} "
         f"tokens, warm-up {plan.warmup}, {len(held_out_NT)} of {len(ids_NT)} windows held out"
     )
-    with _as_float32(model) as dtypes, _own_randomness(settings.seed):
-        before = held_out_loss(
-            model, held_out_NT, plan.micro_batch, "before recovery; look for NaN or Inf in its weights"
-        )
-        task = Task(model, kept, dtypes, settings, teacher, structure)
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
+    task = Task(model, kept, dtypes, settings, teacher, structure, workers)
+    with _own_randomness(settings.seed):
+        # Lent anew for each: where weights are shared out, what computes in 16 bits for training does so in float32 to measure.
+        with lent(model, workers):
+            before = held_out_loss(
+                model, held_out_NT, plan.micro_batch, "before recovery; look for NaN or Inf in its weights"
+            )
         ordered_ST = train_NT[_order(len(train_NT), plan, settings.seed)]
         place = nullcontext(str(folder)) if folder is not None else tempfile.TemporaryDirectory()
-        with place as name, method.student(task) as student:
-            for note in task.notes:
-                log.info(note)
-            trainable = sum(parameter.numel() for parameter in student.trained().values())
-            trained = train(student, ordered_ST, held_out_NT, plan, settings, Path(name), on_step, workers)
-            new, silenced = student.merged(), student.silenced()
-            removed = [(group.block, group.kind, group.module, units) for group, units in student.removed()]
-        replaced = replace_weights(model, rounded(model, new, dtypes, kept))
+        with lent(model, workers, torch.bfloat16 if autocast_here() else None):
+            with place as name, method.student(task) as student:
+                for note in task.notes:
+                    log.info(note)
+                trainable = sum(parameter.numel() for parameter in student.trained().values())
+                if workers.shards:
+                    lead(student)
+                trained = train(student, ordered_ST, held_out_NT, plan, settings, Path(name), on_step, workers)
+                new, silenced = student.merged(), student.silenced()
+                removed = [(group.block, group.kind, group.module, units) for group, units in student.removed()]
+            new = rounded(model, new, dtypes, kept)
+        replaced = replace_weights(model, new)
         del new
-        for name, columns in silenced.items():
-            model.get_parameter(name).data[:, columns] = 0
         try:
-            after = held_out_loss(model, held_out_NT, plan.micro_batch, "after recovery; lower the learning rate")
+            for name, columns in silenced.items():
+                weight_OI = model.get_parameter(name).data
+                weight_OI[:, columns.to(weight_OI.device)] = 0
+            with lent(model, workers):
+                after = held_out_loss(model, held_out_NT, plan.micro_batch, "after recovery; lower the learning rate")
         except BaseException:
             replace_weights(model, replaced)
             raise
@@ -186,38 +198,6 @@ def _order(windows: int, plan: Schedule, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     needed = plan.steps * plan.batch_size
     return torch.cat([torch.randperm(windows, generator=generator) for _ in range(-(-needed // windows))])[:needed]
-
-
-@contextmanager
-def _as_float32(model: Any) -> Iterator[dict[str, torch.dtype]]:
-    """Lend the model in float32 on the device that trains; yields each parameter's own dtype by name.
-
-    Going to float32 and back is exact, so what was not trained returns bit for bit. Buffers that are computed in float32
-    (rotary frequencies) must not be cast back with the weights: each tensor returns to its own dtype.
-    """
-    device, training = next(model.parameters()).device, model.training
-    use_cache = getattr(model.config, "use_cache", None)
-    dtypes = {name: tensor.dtype for name, tensor in _tensors(model)}
-    try:
-        for _, tensor in _tensors(model):
-            tensor.data = tensor.data.float()
-        if torch.accelerator.is_available():
-            model.to(torch.accelerator.current_accelerator())
-        yield dtypes
-    finally:
-        model.to(device)
-        for name, tensor in _tensors(model):
-            tensor.data = tensor.data.to(dtypes[name])
-        model.train(training)
-        if use_cache is not None:
-            model.config.use_cache = use_cache  # the Trainer switches it off
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every floating-point parameter and buffer under each of its names."""
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        if tensor.is_floating_point():
-            yield name, tensor
 
 
 @contextmanager

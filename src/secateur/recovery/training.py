@@ -22,6 +22,7 @@ from secateur.recovery.checkpoints import BEST, Checkpoints, read_state, write_s
 from secateur.recovery.losses import mean_loss
 from secateur.recovery.methods import Student
 from secateur.recovery.settings import RecoverySettings, Schedule
+from secateur.recovery.sharding import average_copies, clip
 from secateur.workers import ALONE, Workers
 
 OnStep = Callable[[int, int, float], None]
@@ -93,8 +94,16 @@ class _StudentTrainer(Checkpoints, Trainer):
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
+        parameters = self.student.trained().values()
+        if self.workers.shards:
+            average_copies(parameters, self.workers)
         self.student.before_update(self.state.global_step + 1, self.state.max_steps)
+        if self.workers.shards:
+            return clip(parameters, self.args.max_grad_norm, self.workers)
         return super()._clip_grad_norm(model)
+
+    def _move_model_to_device(self, model: Any, device: Any) -> None:
+        """It is there; parts of weights cannot be moved."""
 
 
 class _Watch(TrainerCallback):
@@ -135,8 +144,8 @@ class _Watch(TrainerCallback):
             raise _DivergedError(found, state.global_step)
         looks = looks_in(state)
         is_best = bool(looks) and (len(looks) == 1 or found < min(loss for _, loss in looks[1:]))
-        if is_best and self.trainer.workers.leads:
-            write_state(Path(args.output_dir) / BEST, student.state())
+        if is_best and self.trainer.writes:
+            write_state(Path(args.output_dir) / self.trainer.own(BEST), student.state())
         state.log_history.append({"step": state.global_step, "held_out": found})
 
 
@@ -174,7 +183,8 @@ def train(
         held_out_NT: windows to look at; there may be none.
         folder: where checkpoints go; what an interrupted call with the same arguments left there is gone on from.
         on_step: called with (step, steps, loss) after every optimiser step.
-        workers: they take the micro-batches of a step in turn, and average gradients (DistributedDataParallel).
+        workers: they take the micro-batches of a step in turn, and average gradients (DistributedDataParallel, or FSDP where
+            they share out weights).
 
     Raises:
         SecateurError: a loss is NaN or infinite, and no state before it was better than the start.
@@ -183,6 +193,12 @@ def train(
     arguments = training_arguments(folder, plan, settings, workers.size)
     trainer = _StudentTrainer(model=student, args=arguments, train_dataset=dataset)
     trainer.begin(student, folder, workers)
+    if workers.shards:
+        # For autocast alone: DistributedDataParallel takes no parts of weights, and a move would tear them from their places.
+        prepare = trainer.accelerator.prepare_model
+        trainer.accelerator.prepare_model = lambda model, **_: prepare(
+            model, device_placement=False, evaluation_mode=True
+        )
     trainer.remove_callback(PrinterCallback)  # it prints to stdout, which is for results
     watch = _Watch(trainer, held_out_NT, settings)
     trainer.add_callback(watch)
@@ -227,5 +243,5 @@ def _kept(trainer: _StudentTrainer, settings: RecoverySettings, folder: Path, st
     else:
         return Trained(losses, looks, state.global_step, None)
     if best[0] != state.global_step or stopped is not None:
-        student.take(read_state(folder / BEST))
+        student.take(read_state(folder / trainer.own(BEST)))
     return Trained(losses, looks, best[0], stopped)

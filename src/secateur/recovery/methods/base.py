@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from secateur.options import Named, Options
 from secateur.recovery.losses import next_token_loss
 from secateur.recovery.places import block_linears, blocks_of
+from secateur.recovery.sharding import local
 from secateur.recovery.teacher import Teacher
 from secateur.structure import Structure, UnitGroup
+from secateur.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from secateur.recovery.settings import RecoverySettings
@@ -35,6 +37,7 @@ class Task:
         settings: what the user asked for.
         teacher: the dense model, for a method that ``needs_teacher``.
         structure: the model's units, for a method that ``needs_units``.
+        workers: the processes that train it together.
         notes: what is worth telling, a sentence each.
     """
 
@@ -44,6 +47,7 @@ class Task:
     settings: RecoverySettings
     teacher: Teacher | None = None
     structure: Structure | None = None
+    workers: Workers = ALONE
     notes: list[str] = field(default_factory=list)
 
     def blocks_name(self) -> str:
@@ -74,8 +78,8 @@ class Student(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def state(self) -> dict[str, Tensor]:
-        """All that training changes beside the optimiser's own state; what a checkpoint holds."""
-        return {name: parameter.data for name, parameter in self.trained().items()}
+        """All that training changes beside the optimiser's own state; what a checkpoint holds of this worker."""
+        return {name: local(parameter) for name, parameter in self.trained().items()}
 
     @torch.no_grad()
     def take(self, state: Mapping[str, Tensor]) -> None:
@@ -87,7 +91,7 @@ class Student(nn.Module):
         """Called with the gradients of optimiser step ``step`` (from 1) of ``steps``, whole and not yet clipped."""
 
     def merged(self) -> dict[str, Tensor]:
-        """The new float32 values of everything that changed, by the plain model's parameter names."""
+        """The new float32 values of everything that changed, by the plain model's parameter names; shared out as those are."""
         raise NotImplementedError
 
     def removed(self) -> list[tuple[UnitGroup, list[int]]]:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from secateur.errors import ModelError, RecipeError
 from secateur.options import Options
+from secateur.recovery.lending import lent
 from secateur.recovery.losses import cross_entropy
 from secateur.recovery.methods.base import Method, Student, Task
 from secateur.recovery.methods.full import Full
@@ -108,11 +109,10 @@ class Distill(Method):
         teacher = task.teacher
         if teacher is None:
             raise RecipeError("distillation needs the dense model as its teacher; give it")
-        here = next(task.model.parameters()).device
-        teacher.model.to(here)
-        pairs = self._pairs(task, teacher) if self.options.hidden else []
-        with self._inner().student(task) as inner:
-            yield DistilledStudent(inner, teacher, self.options, pairs)
+        with lent(teacher.model, task.workers):
+            pairs = self._pairs(task, teacher) if self.options.hidden else []
+            with self._inner().student(task) as inner:
+                yield DistilledStudent(inner, teacher, self.options, pairs)
 
     def _pairs(self, task: Task, teacher: Teacher) -> list[tuple[nn.Module, nn.Module]]:
         mine, theirs = list(blocks_of(task.model)), list(blocks_of(teacher.model))

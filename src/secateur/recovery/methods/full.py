@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secateur.recovery.methods.base import Method, Student, Task, only_trained
 from secateur.recovery.places import block_parameters
+from secateur.recovery.sharding import local, placed_like
 
 
 class FullStudent(Student):
@@ -20,7 +21,7 @@ class FullStudent(Student):
         self._names = list(parameters)
 
     def merged(self) -> dict[str, Tensor]:
-        return {name: self.model.get_parameter(name).data for name in self._names}
+        return {name: self.model.get_parameter(name).detach().clone() for name in self._names}
 
 
 class Full(Method):
@@ -44,11 +45,11 @@ class Full(Method):
         parameters = block_parameters(task.model)
         # In the dtype they came in: exact, and half the memory where that is of 16 bits.
         originals = {
-            name: parameter.data.to(task.dtypes[name], copy=True).cpu() for name, parameter in parameters.items()
+            name: local(parameter).to(task.dtypes[name], copy=True).cpu() for name, parameter in parameters.items()
         }
         with only_trained(task.model, parameters.values()):
             hooks = [
-                parameter.register_post_accumulate_grad_hook(_masks_gradient(task.masks[name].to(parameter.device)))
+                parameter.register_post_accumulate_grad_hook(_masks_gradient(task.masks[name], parameter))
                 for name, parameter in parameters.items()
                 if name in task.masks
             ]
@@ -58,15 +59,15 @@ class Full(Method):
                 for hook in hooks:
                     hook.remove()
                 for name, parameter in parameters.items():
-                    parameter.data = originals[name].to(parameter.device, parameter.dtype)
+                    local(parameter).copy_(originals[name])
 
 
-def _masks_gradient(mask: Tensor) -> Callable[[Tensor], None]:
+def _masks_gradient(mask: Tensor, parameter: Tensor) -> Callable[[Tensor], None]:
     """Takes what reaches removed weights out of a gradient, before anything reads it: the norm it is clipped by included."""
-    gone = ~mask
+    gone = local(placed_like(~mask.to(parameter.device), parameter))
 
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        parameter.grad.masked_fill_(gone, 0.0)
+        local(parameter.grad).masked_fill_(gone, 0.0)
 
     return hook

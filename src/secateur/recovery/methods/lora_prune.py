@@ -18,6 +18,7 @@ from secateur.options import Options
 from secateur.recovery.methods.base import Method, Student, Task
 from secateur.recovery.methods.lora import LoraStudent
 from secateur.recovery.places import block_linears
+from secateur.recovery.sharding import whole
 from secateur.structure import UnitGroup
 
 KINDS = ("head", "channel")
@@ -129,7 +130,7 @@ def _importance(layer: Any) -> Tensor:
     (adapter,) = layer.active_adapters
     lora_A, lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     change_OI = expected_change(lora_A, lora_B, lora_A.grad, lora_B.grad)
-    return (change_OI * (layer.get_base_layer().weight + layer.get_delta_weight(adapter))).square_()
+    return (change_OI * (whole(layer.get_base_layer().weight) + layer.get_delta_weight(adapter))).square_()
 
 
 class LoRAPruneOptions(Options):

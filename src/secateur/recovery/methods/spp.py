@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from secateur.recovery.methods.base import Method, Student, Task, only_trained
 from secateur.recovery.places import block_linears
+from secateur.recovery.sharding import placed_like, whole
 
 
 def largest_divisor(number: int, most: int) -> int:
@@ -60,10 +61,11 @@ class ScaledLinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> Tensor:
-        """``W + s W'``, ``(O, I)``."""
-        weight_OI = self.base.weight
+        """``W + s W'``, ``(O, I)``; shared out as ``W`` is."""
+        weight_OI = whole(self.base.weight)
         repeated_OI = self.alpha_RI.repeat_interleave(len(weight_OI) // len(self.alpha_RI), 0)
-        return weight_OI + self.scaling * (weight_OI * repeated_OI * self.beta_O1)
+        new_OI = weight_OI + self.scaling * (weight_OI * repeated_OI * self.beta_O1)
+        return placed_like(new_OI, self.base.weight)
 
 
 class ScaledStudent(Student):
