@@ -16,6 +16,7 @@ from secateur.origin import pruned_from, recovered_from
 from secateur.report.card import refresh_card
 from secateur.report.measured import PERPLEXITY, TASKS, note_measured
 from secateur.report.page import write_run_page
+from secateur.workers import alone as in_one_process
 
 
 def evaluate_models(
@@ -39,6 +40,7 @@ def evaluate_models(
     Raises:
         SecateurError: a model or the text cannot be opened.
     """
+    in_one_process("evaluate")
     folders = _folders(specs, alone, trust_remote_code)
     evaluation = evaluate(
         folders,
@@ -76,6 +78,7 @@ def evaluate_models_on_tasks(
     Raises:
         SecateurError: a model, a task or its questions cannot be had or used; in one sentence.
     """
+    in_one_process("evaluate")
     folders = _folders(specs, alone, trust_remote_code)
     evaluation = evaluate_tasks(
         folders,

@@ -87,7 +87,7 @@ def recover_folder(
         masks = sparse_masks(checkpoint)
         if masks:
             log.info("%d matrices are sparse; their zeros are kept through training and merging.", len(masks))
-        model = load(checkpoint.folder)
+        model = _in_stored_dtypes(load(checkpoint.folder), checkpoint)
         teacher = Teacher(load(dense.folder), kept_blocks(checkpoint, dense)) if dense is not None else None
         with stage("training"):
             training = recover_model(
@@ -139,6 +139,14 @@ def recover_folder(
     return finished(out, record, push_to_hub)
 
 
+def _in_stored_dtypes(model: Any, checkpoint: Checkpoint) -> Any:
+    """``model`` with every parameter in its stored dtype, in which recovery hands it back."""
+    for name, parameter in model.named_parameters():
+        if name in checkpoint.tensors:
+            parameter.data = parameter.data.to(checkpoint.tensors[name].dtype)
+    return model
+
+
 def _write_whole(
     checkpoint: Checkpoint, model: Any, partial: Path, record: dict[str, Any], masks: Mapping[str, torch.Tensor]
 ) -> None:
@@ -146,11 +154,11 @@ def _write_whole(
     with stage("writing"):
         _write(checkpoint, model, partial)
     ids_BT = check_inputs(checkpoint)["input_ids"]
+    model.float()  # its weights were rounded as they are stored; the written ones are looked at in float32 too
     with torch.no_grad():
-        expected = model(input_ids=ids_BT, use_cache=False).logits.float()
+        expected = model(input_ids=ids_BT, use_cache=False).logits
     _check_zeros(partial, masks)
     log.info("Checking the written model in a fresh process ...")
-    # In 16 bits the written weights are rounded, and so are those of the model in memory after merging.
     remote = (partial / MODELLING_FILE).is_file()
     with stage("checking"):
         record["logits_difference"] = compare_logits(expected, fresh_logits(partial, ids_BT, remote))

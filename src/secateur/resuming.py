@@ -67,7 +67,7 @@ def present_settings(micro_batch: int, placement: Placement = HERE, workers: int
         transformers=transformers.__version__,
         processor=_processor(),
         capability=torch.backends.cpu.get_cpu_capability(),
-        weights="shared out" if shards else "whole",
+        weights="shared out (accelerate launch --use_fsdp)" if shards else "whole",
     )
 
 

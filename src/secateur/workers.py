@@ -178,7 +178,10 @@ def alone(command: str) -> None:
         RecipeError: ``torchrun`` has started more than one.
     """
     if started() > 1:
-        raise RecipeError(f"several workers share the work of prune, not of {command}; start it without torchrun")
+        raise RecipeError(
+            f"several workers share the work of prune and of recover, not of {command}; start it without torchrun and "
+            "accelerate launch"
+        )
 
 
 def _leave() -> None:

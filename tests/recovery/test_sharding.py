@@ -12,7 +12,7 @@ import torch
 from tiny_recovery import same_bits
 from two_that_share import CASES, STEPS, in_16_bits, recovered
 
-from secateur.recovery.sharding import clip
+from secateur.recovery.sharding import clip, hidden_from_accelerate
 from secateur.workers import ALONE, USE_FSDP
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +72,15 @@ def test_gradients_are_those_of_one_whatever_the_family(two):
 
 
 @pytest.mark.slow
+def test_experts_that_one_worker_alone_reaches_have_gradients_of_their_own(two):
+    for worker in two:
+        assert worker["experts"] == []
+        *some, none = worker["copies"]
+        assert none is None
+        assert [gradient.tolist() for gradient in some] == [[4.0, 4.0], [2.5, 2.5], [3.0, 3.0]]
+
+
+@pytest.mark.slow
 def test_a_model_in_16_bits_gets_its_own_dtype_back(two):
     one = recovered("full, half", dtype=torch.bfloat16)
     for worker in two:
@@ -114,6 +123,15 @@ def test_a_damaged_part_costs_time_alone(file, two):
         assert again["steps"] == list(range(1, STEPS + 1))
         assert again["log"] == straight["log"]
         assert all(same_bits(weight, straight["weights"][name]) for name, weight in again["weights"].items())
+
+
+def test_what_accelerate_would_decide_is_hidden_from_it(monkeypatch):
+    asked = {USE_FSDP: "true", "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    with hidden_from_accelerate():
+        assert not asked.keys() & os.environ.keys()
+    assert asked.items() <= os.environ.items()
 
 
 @pytest.mark.parametrize("most", [0.5, 100.0])

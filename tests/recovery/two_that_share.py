@@ -139,15 +139,55 @@ def dies_and_goes_on(case: str, workers: Workers, folder: Path, damage: str | No
     return {"died": died, "again": recovered(case, workers, folder)}
 
 
-def wrong_gradients(family: str, workers: Workers) -> list[str]:
+class Expert(nn.Module):
+    """One of four matrices beside the usual one, by the first token of the first window."""
+
+    chosen = 0
+
+    def __init__(self, usual: nn.Linear) -> None:
+        super().__init__()
+        self.usual = usual
+        sizes = (usual.in_features, usual.out_features)
+        self.experts = nn.ModuleList(nn.Linear(*sizes, bias=bool(number % 2)) for number in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.usual(x) + self.experts[Expert.chosen](x)
+
+
+def with_experts() -> nn.Module:
+    """A model of whose experts each window reaches one, in the first block and in the last."""
+    model = tiny_llama(num_hidden_layers=3)
+    for block in (model.model.layers[0], model.model.layers[2]):
+        block.mlp.up_proj = Expert(block.mlp.up_proj)
+
+    def choose(_: nn.Module, given: tuple[torch.Tensor]) -> None:
+        Expert.chosen = int(given[0][0, 0]) % 4
+
+    model.get_input_embeddings().register_forward_pre_hook(choose)
+    return model
+
+
+def filled_copies(workers: Workers) -> list[torch.Tensor | None]:
+    """Averages of gradients that both have, that the first has, that the second has, and that none has."""
+    copies = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    for place in (0, 1 + workers.rank):
+        copies[place].grad = torch.full((2,), 4.0 + place)
+    average_copies(copies, workers)
+    return [copy.grad for copy in copies]
+
+
+def wrong_gradients(model: nn.Module, workers: Workers) -> list[str]:
     """Parameters whose gradient is not that of one process, when each worker has a window of its own."""
-    model = tiny_families.tiny(family).float().eval()
     windows = [
-        torch.randint(3, 90, (1, 3), generator=torch.Generator().manual_seed(rank)) for rank in range(workers.size)
+        torch.randint(3, 29, (1, 3), generator=torch.Generator().manual_seed(rank)) for rank in range(workers.size)
     ]
+    for rank, ids_NT in enumerate(windows):
+        ids_NT[0, 0] = 4 + rank
     for ids_NT in windows:
         (next_token_loss(model, ids_NT) / workers.size).backward()
-    wanted = {name: parameter.grad for name, parameter in block_parameters(model).items()}
+    wanted = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in block_parameters(model).items()
+    }
     model.zero_grad()
     with lent(model, workers):
         next_token_loss(model, windows[workers.rank]).backward()
@@ -170,7 +210,11 @@ def main(folder: Path) -> None:
     for file in ("optimizer_1.pt", "trained_1.safetensors"):
         found[file] = dies_and_goes_on("full, half", workers, folder / file, file)
     families = tiny_families.DECODERS | tiny_families.ROUTED_DECODERS
-    found["families"] = {family: wrong_gradients(family, workers) for family in families}
+    found["families"] = {
+        family: wrong_gradients(tiny_families.tiny(family).float().eval(), workers) for family in families
+    }
+    found["experts"] = wrong_gradients(with_experts(), workers)
+    found["copies"] = filled_copies(workers)
     torch.save(found, folder / f"{workers.rank}.pt")
 
 

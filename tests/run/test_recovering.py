@@ -42,6 +42,16 @@ def test_zeros_stay_zeros_through_training_and_merge(unit, llama_folder, windows
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "tuned")
 
 
+@pytest.mark.parametrize("method", ["lora", "full", "lora-prune:ratio=0.25"])
+def test_what_is_stored_in_16_bits_is_recovered_as_it_will_be_stored(method, save, windows_file, tmp_path):
+    folder = save(tiny_llama().to(torch.bfloat16))
+    given = dict(data=str(windows_file), method=method, steps=4, learning_rate=1e-2)
+    record = secateur.recover(folder, tmp_path / "tuned", **given).record
+    assert record["logits_difference"] < 1e-6
+    after = load_file(tmp_path / "tuned" / "model.safetensors")
+    assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+
+
 def test_a_mask_of_a_few_zeros_is_kept_too(save, windows_file, tmp_path):
     """A global threshold may take almost nothing from a matrix; what it took stays gone."""
     model = tiny_llama()

@@ -155,3 +155,13 @@ def _worker(launcher: int, rank: int) -> int:
         if f"PPid:\t{launcher}\n" in status and f"RANK={rank}".encode() in values:
             return int(entry.name)
     raise AssertionError("there is no such worker")
+
+
+@pytest.mark.parametrize(
+    "words", [["evaluate"], ["evaluate", "--tasks", "boolq"], ["plan"], ["compare", "--recipes", "wanda", "--out", "c"]]
+)
+def test_what_one_process_does_is_refused_to_several(words, llama_folder, monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, said = command(words[0], llama_folder, *words[1:])
+    assert code == 2
+    assert f"not of {words[0]}; start it without torchrun and accelerate launch" in said

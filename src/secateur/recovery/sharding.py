@@ -21,6 +21,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from secateur.recovery.places import blocks_of
 from secateur.workers import USE_FSDP, Workers
 
+HIDDEN = (USE_FSDP, "ACCELERATE_MIXED_PRECISION")
+HIDDEN_PREFIX = "ACCELERATE_DYNAMO_"
+
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether this worker has a part of ``tensor`` only."""
@@ -74,6 +77,7 @@ def shared_out(model: Any, workers: Workers, device: torch.device, products: tor
         for index, block in enumerate(originals):
             blocks[index] = _stand_in(block, left, device)
             fully_shard(blocks[index], mesh=mesh, reshard_after_forward=True, mp_policy=policy, ignored_params=left)
+            blocks[index].register_forward_pre_hook(_fill_gradients, with_kwargs=True)
         yield
     finally:
         for index, block in enumerate(originals):
@@ -114,10 +118,59 @@ def _stand_in(block: nn.Module, left: set[nn.Parameter], device: torch.device) -
     return modules[block]
 
 
+class _Fill(torch.autograd.Function):
+    """Nothing on the way forward. On the way back, when the block is through, zeros for what has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.block = block
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        for parameter in ctx.block.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return gradients[0], None
+
+
+def _fill_gradients(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+    """Of parts that only some windows reach (experts that are modules), some workers would have gradients and some not.
+
+    torch adds up what each worker has, one after the other: gradients of different parameters.
+    """
+    if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in block.parameters()):
+        return None
+    place = next((i for i, given in enumerate(arguments) if _is_states(given)), None)
+    if place is None:
+        name = next(name for name, given in named.items() if _is_states(given))
+        return arguments, named | {name: _filling(named[name], block)}
+    return (*arguments[:place], _filling(arguments[place], block), *arguments[place + 1 :]), named
+
+
+def _is_states(given: Any) -> bool:
+    return isinstance(given, Tensor) and given.is_floating_point()
+
+
+def _filling(x: Tensor, block: nn.Module) -> Tensor:
+    # Embeddings are not trained, so what enters the first block has no gradient of its own.
+    filled: Tensor = _Fill.apply(x if x.requires_grad else x.detach().requires_grad_(), block)
+    return filled
+
+
 @torch.no_grad()
 def average_copies(parameters: Iterable[nn.Parameter], workers: Workers) -> None:
-    """Average gradients of what every worker has whole; torch does so for what is shared out."""
-    gradients = [p.grad for p in parameters if p.grad is not None and not is_shared(p.grad)]
+    """Average gradients of what every worker has whole; torch does so for what is shared out.
+
+    A worker whose windows did not reach a parameter counts as zero; where no worker's did, there is no gradient.
+    """
+    copies = [parameter for parameter in parameters if not is_shared(parameter)]
+    reached = torch.tensor([float(parameter.grad is not None) for parameter in copies])
+    workers.add_up([reached])
+    for parameter, count in zip(copies, reached.tolist(), strict=True):
+        if count and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in copies if parameter.grad is not None]
     if not gradients:
         return
     flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -144,13 +197,15 @@ def clip(parameters: Iterable[nn.Parameter], most: float, workers: Workers) -> T
 
 @contextmanager
 def hidden_from_accelerate() -> Iterator[None]:
-    """Keep accelerate and transformers from sharing out in their own way what is shared out here.
+    """Keep accelerate and transformers from doing in their own way what is decided here.
 
-    They would load weights in the first process alone, and wrap what is trained once more.
+    They would load weights in the first process alone, wrap what is trained once more, compute in other numbers than the run
+    is known by, or compile what was put into the model for a while.
     """
-    asked = os.environ.pop(USE_FSDP, None)
+    asked = {name: value for name, value in os.environ.items() if name in HIDDEN or name.startswith(HIDDEN_PREFIX)}
+    for name in asked:
+        del os.environ[name]
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ[USE_FSDP] = asked
+        os.environ.update(asked)
