@@ -229,18 +229,18 @@ def _masked_by_plan(checkpoint: Checkpoint) -> set[str]:
 def _training_windows(
     checkpoint: Checkpoint, data: str, windows: int | None, length: int | None, seed: int
 ) -> TokenWindows:
-    if windows is None and not data.endswith(".safetensors"):
-        windows = DEFAULT_TRAINING_WINDOWS
+    by_default = windows is None and not data.endswith(".safetensors")
     writer = _writer(checkpoint) if data == "self" else checkpoint
     opened = open_windows(
         data,
         model_folder=writer.folder,
         model_hash=writer.content_hash,
-        windows=windows,
+        windows=DEFAULT_TRAINING_WINDOWS if by_default else windows,
         window_length=length,
         seed=seed,
         vocabulary=checkpoint.config.get_text_config().vocab_size,
         cache=cache_folder(),
+        at_most=by_default,
     )
     log.info("Training on %d windows of %d tokens (%s).", *opened.ids_NT.shape, opened.description)
     return opened

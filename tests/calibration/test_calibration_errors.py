@@ -94,6 +94,15 @@ def refused(call: Callable[[], object]) -> str:
     return sentence
 
 
+def test_at_most_as_many_as_there_are(tmp_path: Path, opened: Opened) -> None:
+    (tmp_path / "a.txt").write_text(LONG)
+    few = opened(tmp_path / "a.txt", windows=1000, at_most=True)
+    assert 0 < len(few.ids_NT) < 1000
+    assert f"{len(few.ids_NT)} of {len(few.ids_NT)} windows" in few.description
+    (tmp_path / "b.txt").write_text("no")
+    assert "fewer than one window" in refused(lambda: opened(tmp_path / "b.txt", windows=1000, at_most=True))
+
+
 @pytest.mark.parametrize("case", FILES)
 def test_a_file_that_cannot_be_used(case: str, tmp_path: Path, opened: Opened) -> None:
     name, make, column, settings, expected = FILES[case]

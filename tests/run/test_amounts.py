@@ -226,3 +226,13 @@ def test_random_in_two_rounds_takes_exactly_the_ratio_and_the_same_each_time(pru
     assert {len(units) / 96 for units in first.values()} == {0.5}
     assert first[0, "channel"] != first[1, "channel"]
     assert first[0, "channel"] != list(range(48))
+
+
+def test_zeros_outside_the_blocks_are_counted_as_zeros(save, tmp_path):
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:5] = 0
+    record = secateur.prune(str(save(model)), tmp_path / "out", unit="weight", criterion="magnitude", ratio=0.5).record
+    for name, folder in (("before", tmp_path / "model"), ("after", tmp_path / "out")):
+        weights = load_file(folder / "model.safetensors").values()
+        assert record[name]["nonzero"] == sum(int(weight.count_nonzero()) for weight in weights)

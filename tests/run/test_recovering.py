@@ -12,7 +12,8 @@ from tiny_models import tiny_llama
 from transformers import AutoModelForCausalLM
 
 import secateur
-from secateur.errors import StructureError
+from secateur import recovering
+from secateur.errors import CalibrationError, StructureError
 
 pytestmark = pytest.mark.usefixtures("same_process")
 
@@ -50,6 +51,23 @@ def test_what_is_stored_in_16_bits_is_recovered_as_it_will_be_stored(method, sav
     assert record["logits_difference"] < 1e-6
     after = load_file(tmp_path / "tuned" / "model.safetensors")
     assert {weight.dtype for weight in after.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("windows", "asked", "at_most"), [(None, 256, True), (40, 40, False)])
+def test_a_short_text_is_refused_only_to_who_asked_for_more(
+    windows, asked, at_most, llama_folder, tmp_path, monkeypatch
+):
+    given = {}
+
+    def opened(source, **named):
+        given.update(named)
+        raise CalibrationError("seen")
+
+    monkeypatch.setattr(recovering, "open_windows", opened)
+    (tmp_path / "t.txt").write_text("a text")
+    with pytest.raises(CalibrationError, match="seen"):
+        secateur.recover(llama_folder, tmp_path / "o", data=str(tmp_path / "t.txt"), windows=windows)
+    assert (given["windows"], given["at_most"]) == (asked, at_most)
 
 
 def test_a_mask_of_a_few_zeros_is_kept_too(save, windows_file, tmp_path):

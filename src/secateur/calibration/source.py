@@ -86,6 +86,7 @@ def open_windows(
     cache: Path | None,
     trust_remote_code: bool = False,
     memory: int | None = None,
+    at_most: bool = False,
 ) -> TokenWindows:
     """Open calibration windows ``(N, T)``; the same arguments always give the same windows.
 
@@ -100,6 +101,7 @@ def open_windows(
         cache: folder in which self-written windows are kept, or None.
         trust_remote_code: run code that comes with the model.
         memory: bytes that the model may take while it writes; None: what is free.
+        at_most: a text that gives fewer windows than ``windows`` gives all it has.
 
     Raises:
         CalibrationError: the source is not there, damaged, too short, or does not fit the model.
@@ -119,6 +121,8 @@ def open_windows(
             opened = TokenWindows(ids_NT, source, f"written by the model itself at temperature 1, seed {seed}")
         else:
             ids_NT, tokens, begins = _cut_text(named, model_folder, length, SPARE * count * length, trust_remote_code)
+            if at_most:
+                count = min(count, len(ids_NT))
             if len(ids_NT) < count:
                 raise CalibrationError(
                     f"{source} gives {len(ids_NT)} windows of {length} tokens ({tokens:,} tokens), not the {count} "

@@ -156,7 +156,7 @@ def _write(
     written: list[torch.Tensor] = []
     with (
         torch.random.fork_rng(devices=[]),
-        progress("Writing calibration windows", len(batches) * new_tokens) as step,
+        progress("Writing calibration windows, token by token", len(batches) * new_tokens) as step,
     ):
 
         class Steps(StoppingCriteria):

@@ -64,7 +64,7 @@ def pruned_facts(plan: Plan, source_card: Facts, record: Facts) -> Facts:
     return {
         "title": f"{name}, pruned",
         "model": plan.model.model_dump() | {"card": source_card},
-        "what": f"[Secateur](https://pypi.org/project/secateur/) took from {name}: {record['reached']}.",
+        "what": f"Secateur took from {name}: {record['reached']}.",
         "before": record["before"],
         "after": record["after"],
         "asked": record["asked"],

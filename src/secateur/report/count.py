@@ -25,6 +25,7 @@ class Count:
     Attributes:
         parameters: numbers stored.
         bytes: of tensor data.
+        nonzero: numbers stored that are not zero, of all tensors.
         zeros: exact zeros in the prunable matrices.
         prunable: numbers in the prunable matrices.
         units: structured units left, by kind, over all blocks.
@@ -33,6 +34,7 @@ class Count:
 
     parameters: int
     bytes: int
+    nonzero: int
     zeros: int
     prunable: int
     units: dict[str, int] = field(default_factory=dict)
@@ -71,8 +73,10 @@ def count_checkpoint(
     skeleton = checkpoint.skeleton
     kept = range(len(skeleton.blocks)) if kept is None else kept
     zeros = prunable = 0
+    inside: set[str] = set()
     valid = None if n_of_m is None else True
     for index in track(range(len(skeleton.blocks)), "Counting what was written"):
+        inside |= {skeleton.block_prefix(index) + matrix.parameter for matrix in _prunable(checkpoint, index)}
         for weight_OI in _matrices(checkpoint, index):
             prunable += weight_OI.numel()
             zeros += weight_OI.numel() - int(weight_OI.count_nonzero())
@@ -81,11 +85,18 @@ def count_checkpoint(
     return Count(
         parameters=checkpoint.parameters(),
         bytes=sum(tensor.bytes for tensor in checkpoint.stored()),
+        nonzero=prunable - zeros + _nonzero(checkpoint, inside),
         zeros=zeros,
         prunable=prunable,
         units=_units(checkpoint, groups, kept),
         valid_n_of_m=valid,
     )
+
+
+def _nonzero(checkpoint: Checkpoint, inside: set[str]) -> int:
+    """Numbers that are not zero in what is stored outside the prunable matrices; one tensor in memory at a time."""
+    names = [name for name, tensor in checkpoint.tensors.items() if tensor.origin.sources and name not in inside]
+    return sum(int(checkpoint.read([name])[name].count_nonzero()) for name in names)
 
 
 def _matrices(checkpoint: Checkpoint, index: int) -> Iterator[torch.Tensor]:

@@ -56,7 +56,7 @@ def counted(heads: Sequence[str], counts: Sequence[Mapping[str, Any]]) -> Measur
     table = MeasureTable(list(heads))
     for figure in (
         _Figure("parameters", lambda count: count["parameters"], human_count),
-        _Figure("parameters not zero", lambda count: count["parameters"] - count["zeros"], human_count),
+        _Figure("parameters not zero", lambda count: count.get("nonzero"), human_count),
         _Figure("weights on disk", lambda count: count["bytes"], human_bytes),
     ):
         _add(table, figure, counts)

@@ -19,7 +19,7 @@ def run_table(record: dict[str, Any], out: Path) -> RenderableType:
     before, after = record["before"], record["after"]
     table = _table("", "before", "after", "change")
     _row(table, "parameters", before["parameters"], after["parameters"])
-    _row(table, "non-zero parameters", before["parameters"] - before["zeros"], after["parameters"] - after["zeros"])
+    _row(table, "parameters not zero", before["nonzero"], after["nonzero"])
     table.add_row(
         "weights on disk",
         human_bytes(before["bytes"]),

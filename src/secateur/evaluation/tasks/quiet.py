@@ -44,6 +44,7 @@ def quiet(trusted: bool) -> Iterator[list[str]]:
         lm_eval = _lm_eval()
         # It asks the machine about itself with half a dozen commands, and nothing here reads what they say.
         stack.enter_context(_replaced(vars(lm_eval.evaluator), "add_env_info", lambda storage: None))
+        stack.enter_context(_replaced(vars(lm_eval.evaluator), "get_git_commit_hash", lambda: None))
         if not trusted:
             stack.enter_context(_replaced(vars(lm_eval.utils), "env", _sandbox()))
         yield cut
@@ -54,7 +55,7 @@ def _lm_eval() -> Any:
         import lm_eval.evaluator
     except ImportError as error:
         raise TaskError(
-            f"--tasks needs lm-eval, which is not here ({reason_of(error)}); pip install 'secateur[tasks]'"
+            f"--tasks needs lm-eval, which is not here ({reason_of(error)}); pip install 'lm-eval>=0.4.13,<0.5'"
         ) from error
     return lm_eval
 
