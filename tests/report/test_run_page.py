@@ -144,7 +144,8 @@ def test_tasks_are_shown_with_their_errors(cut):
     facts = facts_of(cut)
     rows = values_of(facts["tasks"]["chart"])
     assert {(row["model"], row["low"], row["high"]) for row in rows} == {("model", 0.45, 0.55), ("cut", 0.45, 0.55)}
-    assert "80.0% of the dense model's task scores kept" in facts["verdict"]
+    kept = "80.0% of the dense model's task scores kept"
+    assert f"{kept} (0.400 ±\u00a00.050 beside 0.500 ±\u00a00.050, 10 questions in 1 task)" in facts["verdict"]
     page = write_run_page(cut).read_text()
     assert "0.500 ± 0.050" in page
 
@@ -163,9 +164,29 @@ def test_each_measurement_has_names_of_its_own(cut):
     }
     record = record_of(cut)
     parts = verdict(record["before"], record["after"], {PERPLEXITY: text, TASKS: tasks})
-    assert parts[1:] == ["perplexity 20.00 → 30.00", "75.0% of the dense model's task scores kept"]
+    assert parts[1:] == [
+        "perplexity 20.00 → 30.00",
+        "75.0% of the dense model's task scores kept (0.300 beside 0.400)",
+    ]
     alone = {TASKS: tasks | {"roles": {"own": "mine", "dense": None}}}
     assert len(verdict(record["before"], record["after"], alone)) == 1
+
+
+@pytest.mark.parametrize(
+    ("spread", "said"),
+    [
+        (0.0099, "decode, batch 1: 1.25 × as fast"),
+        (0.0101, "decode, batch 1: as fast as the dense model within the spread of the measurement"),
+    ],
+)
+def test_a_speed_is_told_where_both_spreads_together_are_less_than_the_difference(cut, spread, said):
+    figures = {"perplexity": {"value": 20.0}}
+    models = {
+        name: figures | {"speed": {"decode, batch 1": {"latency": latency, "latency_spread": spread}}}
+        for name, latency in {"dense": 0.1, "pruned": 0.08}.items()
+    }
+    record = record_of(cut)
+    assert said in verdict(record["before"], record["after"], {PERPLEXITY: {"models": models}})
 
 
 def test_a_card_that_somebody_wrote_anew_is_left_alone(cut, windows_file, command):
