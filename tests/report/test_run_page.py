@@ -15,7 +15,7 @@ import secateur
 from secateur.plans import load_plan
 from secateur.report.measured import MEASURED, PERPLEXITY, TASKS, note_measured, read_measured
 from secateur.report.page import PAGE, write_run_page
-from secateur.report.page.charts import SHORT, front, pareto
+from secateur.report.page.charts import LANE, SHORT, front, pareto, task_scores
 from secateur.report.page.run import run_facts, shares_of
 from secateur.report.page.verdict import verdict
 
@@ -103,8 +103,15 @@ def test_every_kind_of_run_has_a_page(recipe, llama_folder, windows_file, tmp_pa
     secateur.prune(str(llama_folder), tmp_path / "out", calibration=str(windows_file), **recipe)
     facts = facts_of(tmp_path / "out")
     assert facts["where"] is not None or recipe["unit"] == "hidden"
-    assert facts["left"]
+    assert facts["removed"]
     assert (tmp_path / "out" / PAGE).stat().st_size > 100_000
+
+
+def test_what_was_removed_is_never_called_left(cut):
+    page = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", (cut / PAGE).read_text(), flags=re.DOTALL)
+    assert "<h2>What was removed</h2>" in page
+    assert "The darker, the more was removed." in page
+    assert not re.search(r"\b(left|leaves|gone)\b(?!\")", page)
 
 
 def test_what_is_measured_later_goes_into_page_and_card(cut, windows_file, tmp_path, command):
@@ -148,6 +155,19 @@ def test_tasks_are_shown_with_their_errors(cut):
     assert f"{kept} (0.400 ±\u00a00.050 beside 0.500 ±\u00a00.050, 10 questions in 1 task)" in facts["verdict"]
     page = write_run_page(cut).read_text()
     assert "0.500 ± 0.050" in page
+
+
+@pytest.mark.parametrize("tasks", [1, 7])
+@pytest.mark.parametrize("models", [1, 3])
+def test_every_model_has_a_lane_of_its_own_in_the_chart_of_tasks(tasks, models):
+    rows = [
+        {"task": f"task {task}", "metric": "acc", "model": f"model {model}", "value": 0.5, "error": 0.1}
+        for task in range(tasks)
+        for model in range(models)
+    ]
+    spec = task_scores(rows, [f"model {model}" for model in range(models)])
+    assert spec["height"] >= LANE * tasks * models + 60
+    assert all(layer["encoding"]["yOffset"]["field"] == "model" for layer in spec["layer"])
 
 
 def test_each_measurement_has_names_of_its_own(cut):
@@ -246,10 +266,10 @@ def test_zeros_that_the_model_came_with_are_not_called_its_loss(cut):
     before, after = record_of(cut)["before"], record_of(cut)["after"]
     record = record_of(cut) | {"before": before | {"zeros": before["prunable"] // 25}}
     record["after"] = after | {"zeros": after["prunable"] // 25}
-    left = [what for what, _, _ in run_facts(cut, record)["left"]]
+    left = [what for what, _, _ in run_facts(cut, record)["removed"]]
     assert left == ["channel units", "head units", "query units", "parameters"]
     record["after"] = after | {"zeros": after["prunable"] // 2}
-    assert "weights of the blocks' matrices zeroed" in [what for what, _, _ in run_facts(cut, record)["left"]]
+    assert "weights of the blocks' matrices zeroed" in [what for what, _, _ in run_facts(cut, record)["removed"]]
 
 
 def test_sizes_close_to_each_other_are_told_apart_on_the_axis():

@@ -111,10 +111,10 @@ def reached(plan: Plan, before: Count, after: Count) -> str:
     for kind in plan.recipe.cut_kinds:
         there, left = before.units.get(kind, 0), after.units.get(kind, 0)
         if there:
-            parts.append(f"{there - left} of {there} {kind} units gone ({100 * (there - left) / there:.2f} %)")
+            parts.append(f"{there - left} of {there} {kind} units removed ({100 * (there - left) / there:.2f} %)")
     gone = before.parameters - after.parameters
     if gone:
-        what = "parameters gone" if gone > 0 else "parameters more, biases"
+        what = "parameters removed" if gone > 0 else "parameters more, biases"
         parts.append(f"{abs(gone):,} of {before.parameters:,} {what} ({100 * abs(gone) / before.parameters:.2f} %)")
     if plan.recipe.masks_weights:
         parts.append(

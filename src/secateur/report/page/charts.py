@@ -24,11 +24,17 @@ SERIES = [STAYS, GOES, THIRD, FOURTH, "#5b8ac6", "#8a8f3c"]
 FONT = "system-ui, sans-serif"
 """Vega measures words in it before the page draws them."""
 
+FATES = ["stays", "removed"]
+"""What becomes of a unit or a weight, as the pages say it."""
+
 SHORT = ".3~s"
 """How d3 writes large numbers in few digits."""
 
 ROW, HEADROOM = 20, 84
 """Pixels of one row of a heat map, and of its legend and axis."""
+
+LANE, LEGEND_LINE, AXIS = 18, 16, 56
+"""Pixels of one model's lane in a chart of tasks, of a line of its legend, and of its axis."""
 
 
 def _spec(chart: Any, description: str) -> Spec:
@@ -52,7 +58,7 @@ def heat_map(shares: Mapping[str, Mapping[int, Mapping[str, Any]]], blocks: int)
     """Where the model was cut: a row a kind of unit or a matrix, a column a block.
 
     Args:
-        shares: by row and block: ``share`` that left, ``gone`` and ``of``.
+        shares: by row and block: ``share`` that was removed, ``gone`` and ``of``.
     """
     height = ROW * len(shares) + HEADROOM
     rows = [
@@ -67,29 +73,29 @@ def heat_map(shares: Mapping[str, Mapping[int, Mapping[str, Any]]], blocks: int)
             x=alt.X("block:O", title="block", scale=alt.Scale(domain=list(range(blocks)), padding=0.06))
             .axis(labelAngle=0, values=ticks, ticks=False, domain=False),
             y=alt.Y("part:N", title=None, sort=list(shares), axis=alt.Axis(ticks=False, domain=False, labelLimit=160)),
-            opacity=alt.Opacity("share:Q", title="gone", scale=alt.Scale(domain=[0, most], range=[0.06, 1]))
+            opacity=alt.Opacity("share:Q", title="removed", scale=alt.Scale(domain=[0, most], range=[0.06, 1]))
             .legend(format=".0%", orient="top", symbolType="square"),
             tooltip=[
                 alt.Tooltip("block:O"),
                 alt.Tooltip("part:N", title="what"),
-                alt.Tooltip("share:Q", title="gone", format=".2%"),
+                alt.Tooltip("share:Q", title="removed", format=".2%"),
                 alt.Tooltip("gone:Q", title="count", format=","),
                 alt.Tooltip("of:Q", title="of", format=","),
             ],
         )
     )  # fmt: skip
-    return _spec(chart, "Share of every kind of unit, or of every matrix, that left each block.")
+    return _spec(chart, "Share of every kind of unit, or of every matrix, that was removed from each block.")
 
 
 def distribution(name: str, by_block: Mapping[int, ScoreSpread]) -> Spec:
-    """How the scores of one kind of unit, or of one matrix in all blocks, lie: what stays, what leaves, and the thresholds."""
+    """How the scores of one kind of unit, or of one matrix in all blocks, lie: what stays, what was removed, and the thresholds."""
     spread = joined(list(by_block.values()))
     counted = sum(spread.kept) + sum(spread.gone)
     rows = []
     for place, counts in enumerate(zip(spread.kept, spread.gone, strict=True), spread.first):
         low, high = (2 ** (edge / spread.bins_an_octave) for edge in (place, place + 1))
         base = 0.0
-        for fate, count in zip(("stays", "leaves"), counts, strict=True):
+        for fate, count in zip(FATES, counts, strict=True):
             share = count / counted
             if count:
                 rows.append({"low": low, "high": high, "from": base, "to": base + share, "fate": fate, "share": share})
@@ -121,7 +127,7 @@ def distribution(name: str, by_block: Mapping[int, ScoreSpread]) -> Spec:
         )
     return _spec(
         chart.properties(width="container", height=190, title=alt.TitleParams(name, anchor="start", fontSize=13)),
-        f"Distribution of the scores of {name}, of what stays and of what leaves.",
+        f"Distribution of the scores of {name}, of what stays and of what was removed.",
     )
 
 
@@ -175,12 +181,12 @@ def quantile(spread: ScoreSpread, share: float) -> float:
 
 
 def _fates() -> Any:
-    scale = alt.Scale(domain=["stays", "leaves"], range=[STAYS, GOES])
+    scale = alt.Scale(domain=FATES, range=[STAYS, GOES])
     return alt.Color("fate:N", scale=scale, title=None, legend=alt.Legend(orient="top", offset=0))
 
 
 def thresholds(by_block: Mapping[int, ScoreSpread]) -> list[dict[str, Any]]:
-    """The scores that part what leaves from what stays, where one does: in each block, or, if all agree, in all."""
+    """The scores that part what was removed from what stays, where one does: in each block, or, if all agree, in all."""
     found = {
         block: spread.lowest_kept
         for block, spread in by_block.items()
@@ -227,12 +233,13 @@ def task_scores(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Spe
         {**row, "low": row["value"] - (row["error"] or 0), "high": row["value"] + (row["error"] or 0)} for row in rows
     ]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    columns = 2 if max(map(len, models)) <= 16 else 1  # as many names as a phone has room for
     base = alt.Chart(_inline(given)).encode(
         y=alt.Y("task:N", title=None, sort=tasks, axis=alt.Axis(labelLimit=140, ticks=False, grid=True)),
         yOffset=alt.YOffset("model:N", sort=list(models)),
         color=alt.Color(
             "model:N", sort=list(models), scale=alt.Scale(domain=list(models), range=SERIES[: len(models)]), title=None
-        ).legend(orient="top", offset=0, columns=2, labelLimit=260),
+        ).legend(orient="top", offset=4, columns=columns, labelLimit=260),
         tooltip=[
             alt.Tooltip("task:N"),
             alt.Tooltip("model:N"),
@@ -241,13 +248,14 @@ def task_scores(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Spe
             alt.Tooltip("error:Q", format=".4f", title="standard error"),
         ],
     )
-    scale = alt.Scale(zero=False, nice=True)
-    bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(
-        x=alt.X("low:Q", title="accuracy ± standard error", scale=scale), x2="high:Q"
+    scale = alt.Scale(zero=False, nice=True, padding=8)
+    bars = base.mark_bar(height=3, opacity=0.6).encode(
+        x=alt.X("low:Q", title="accuracy ± standard error", scale=scale, axis=alt.Axis(tickCount=6)), x2="high:Q"
     )
     points = base.mark_circle(size=70, opacity=1).encode(x=alt.X("value:Q"))
-    step = max(12, 14 * len(models))
-    return _spec((bars + points).properties(width="container", height=step * len(tasks)), "Scores of tasks, by model.")
+    # The height is that of the whole picture: what stands around the lanes is added to it.
+    height = LANE * len(models) * len(tasks) + LEGEND_LINE * math.ceil(len(models) / columns) + AXIS
+    return _spec((bars + points).properties(width="container", height=height), "Scores of tasks, by model.")
 
 
 def front(points: Sequence[tuple[float, float]]) -> set[int]:

@@ -99,9 +99,9 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
     said = [f"{1 - new / old:.1%} fewer parameters ({human_count(old)} → {human_count(new)})"] if new < old else []
     said += [f"{zeros / masked:.1%} of the masked matrices' weights are zero"] if masked else []
     said += [f"perplexity {dense.values['perplexity'][0]:,.2f} → {run['measured']['perplexity']['value']:,.2f}"]
-    left = [(f"{kind} units", gone, of) for kind, (gone, of) in plan.removed_by_kind().items()]
-    left += [("weights of masked matrices", zeros, masked)] if masked else []
-    left += [("parameters", old - new, old)] if new < old else []
+    removed = [(f"{kind} units", gone, of) for kind, (gone, of) in plan.removed_by_kind().items()]
+    removed += [("weights of masked matrices", zeros, masked)] if masked else []
+    removed += [("parameters", old - new, old)] if new < old else []
     times = [
         ("planning", human_seconds(planned["seconds"]) + (" (without what was found made)" if row.found else "")),
         ("peak memory", human_bytes(planned["peak_memory"])),
@@ -111,7 +111,7 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
         "verdict": said,
         "measured": run["measured"],
         "tables": [_beside_dense(comparison, row)],
-        "left": left,
+        "removed": removed,
         **plan_charts(plan),
         "training": None,
         "tasks": None,

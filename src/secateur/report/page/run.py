@@ -59,7 +59,7 @@ def run_facts(folder: Path, record: Mapping[str, Any]) -> Facts:
         "verdict": verdict(before, record["after"], measured),
         "measured": measured,
         "tables": _tables(measured, counts),
-        "left": _left(record, plan),
+        "removed": _removed(record, plan),
         **plan_charts(plan, training),
         "training": _training(training, record),
         "tasks": _tasks(measured),
@@ -86,8 +86,8 @@ def _tables(measured: Mapping[str, Any], counts: Mapping[str, Mapping[str, Any]]
     return [evaluated(found)] if found else [counted(list(counts), list(counts.values()))]
 
 
-def _left(record: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, int, int]]:
-    """What left: kind, how many, of how many."""
+def _removed(record: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, int, int]]:
+    """What was removed: kind, how many, of how many."""
     rows = []
     before, after = record["before"]["units"], record["after"]["units"]
     for kind in sorted(before):
@@ -123,7 +123,7 @@ def plan_charts(plan: Plan | None, training: Mapping[str, Any] | None = None) ->
 
 
 def shares_of(plan: Plan) -> tuple[dict[str, dict[int, dict[str, Any]]], int]:
-    """By kind of unit, and by matrix, what left every block; and how many blocks there are to show."""
+    """By kind of unit, and by matrix, what was removed from every block; and how many blocks there are to show."""
     shares: dict[str, dict[int, dict[str, Any]]] = {}
     blocks = 1 + max((entry.block for entry in plan.blocks), default=0)
     for entry in plan.blocks:
