@@ -15,7 +15,7 @@ import secateur
 from secateur.plans import load_plan
 from secateur.report.measured import MEASURED, PERPLEXITY, TASKS, note_measured, read_measured
 from secateur.report.page import PAGE, write_run_page
-from secateur.report.page.charts import LANE, SHORT, front, pareto, task_scores
+from secateur.report.page.charts import LANE, SHORT, front, heat_map, pareto, task_scores
 from secateur.report.page.run import run_facts, shares_of
 from secateur.report.page.verdict import verdict
 
@@ -66,6 +66,13 @@ def test_the_map_is_what_the_plan_takes(cut):
     assert not cells
 
 
+@pytest.mark.parametrize("share", [0.0003, 0.1999, 1.0])
+def test_the_legend_of_the_map_reaches_what_its_cells_hold(share):
+    cells = {"channel": {0: {"share": share, "gone": 1, "of": 1}}}
+    shown = heat_map(cells, 1)["encoding"]["opacity"]["legend"]["values"]
+    assert (shown[0], shown[-1]) == (0, share)
+
+
 def test_masks_are_shown_by_matrix_with_their_scores(llama_folder, windows_file, tmp_path):
     secateur.prune(
         str(llama_folder),
@@ -110,7 +117,7 @@ def test_every_kind_of_run_has_a_page(recipe, llama_folder, windows_file, tmp_pa
 def test_what_was_removed_is_never_called_left(cut):
     page = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", (cut / PAGE).read_text(), flags=re.DOTALL)
     assert "<h2>What was removed</h2>" in page
-    assert "The darker, the more was removed." in page
+    assert "The stronger the colour, the more was removed." in page
     assert not re.search(r"\b(left|leaves|gone)\b(?!\")", page)
 
 

@@ -74,7 +74,7 @@ def heat_map(shares: Mapping[str, Mapping[int, Mapping[str, Any]]], blocks: int)
             .axis(labelAngle=0, values=ticks, ticks=False, domain=False),
             y=alt.Y("part:N", title=None, sort=list(shares), axis=alt.Axis(ticks=False, domain=False, labelLimit=160)),
             opacity=alt.Opacity("share:Q", title="removed", scale=alt.Scale(domain=[0, most], range=[0.06, 1]))
-            .legend(format=".0%", orient="top", symbolType="square"),
+            .legend(format=".2~p", values=[0, most / 2, most], orient="top", symbolType="square"),
             tooltip=[
                 alt.Tooltip("block:O"),
                 alt.Tooltip("part:N", title="what"),
