@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 import secateur
+from secateur.comparison.result import Row
 from secateur.plans import load_plan
 from secateur.report.measured import MEASURED, PERPLEXITY, TASKS, note_measured, read_measured
 from secateur.report.page import PAGE, write_run_page
-from secateur.report.page.charts import LANE, SHORT, front, heat_map, pareto, task_scores
+from secateur.report.page.charts import LANE, SHORT, front, heat_map, pareto, task_scores, telling
+from secateur.report.page.comparison import _verdict
 from secateur.report.page.run import run_facts, shares_of
 from secateur.report.page.verdict import verdict
 
@@ -267,6 +269,40 @@ def test_a_damaged_measurement_is_as_none(cut):
 def test_the_front_of_a_cloud():
     points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (1.0, 5.0)]
     assert front(points) == {0, 1, 4}
+    assert front([(118.28e6, 9.0), (118.25e6, 10.0)]) == {0}  # less than a thousandth is no smaller
+
+
+@pytest.mark.parametrize("costs", [(118.28e6, 118.281e6), (118e6, 118e6), (50e6, 100e6)])
+def test_the_axis_of_costs_has_a_width_that_tells_its_numbers_apart(costs):
+    rows = [{"name": f"{cost}", "cost": cost, "perplexity": 10.0, "page": None} for cost in costs]
+    spec = pareto(rows, "size", SHORT, 9.0)
+    x = next(own for layer in spec["layer"] if "axis" in (own := layer["encoding"].get("x", {})))
+    low, high = x["scale"]["domain"]
+    assert low <= min(costs) <= max(costs) <= high
+    assert high - low >= 0.05 * max(costs) * 0.999
+    assert {row["perplexity"] for row in values_of(spec)} == {9.0, 10.0}  # the dense model has a line
+    assert all(row["label"] for row in values_of(spec))
+
+
+def test_labels_keep_what_tells_recipes_apart():
+    assert telling(["preset=fast unit=channel ratio=0.2", "magnitude unit=channel ratio=0.2"]) == [
+        "preset=fast",
+        "magnitude",
+    ]
+    assert telling(["wanda unit=2:4"]) == ["wanda unit=2:4"]
+    long = telling([f"taylor {'a' * 40} seed={seed}" for seed in (1, 2)] + ["b " * 30])
+    assert len(set(long)) == 3
+    assert max(map(len, long)) <= 27
+
+
+def test_a_ruined_model_is_not_praised():
+    def row(name: str, perplexity: float, seconds: float) -> Row:
+        return Row(name, [0], {"perplexity": [perplexity], "seconds": [seconds]}, [])
+
+    dense, good, ruined = row("dense", 30.0, 0), row("good", 49.43, 66), row("ruined", 11656245.09, 38)
+    ruin = "ruined ruins the model (perplexity 1.17e7)"
+    assert _verdict(dense, [good, ruined]) == ["dense perplexity 30.00", "good comes nearest with 49.43", ruin]
+    assert _verdict(dense, [ruined]) == ["dense perplexity 30.00", ruin]
 
 
 def test_zeros_that_the_model_came_with_are_not_called_its_loss(cut):
@@ -282,11 +318,12 @@ def test_zeros_that_the_model_came_with_are_not_called_its_loss(cut):
 def test_sizes_close_to_each_other_are_told_apart_on_the_axis():
     def axis(*costs: float) -> str:
         rows = [{"name": str(cost), "cost": cost, "perplexity": 10.0 - cost / 1e9, "page": None} for cost in costs]
-        spec = pareto(rows, "size", SHORT)
+        spec = pareto(rows, "size", SHORT, 9.0)
         return next(
-            layer["encoding"]["x"]["axis"]["format"] for layer in spec["layer"] if "axis" in layer["encoding"]["x"]
+            layer["encoding"]["x"]["axis"]["format"]
+            for layer in spec["layer"]
+            if "axis" in layer["encoding"].get("x", {})
         )
 
     assert axis(50e6, 100e6) == ".3~s"
-    assert axis(118.25e6, 118.36e6) == ".6~s"
-    assert axis(118e6, 118e6) == ".3~s"
+    assert axis(118.25e6, 118.36e6) == axis(118e6, 118e6) == ".4~s"

@@ -10,11 +10,12 @@ from rich.text import Text
 
 from secateur.comparison.result import Comparison, Row
 from secateur.files import human_bytes, human_count, human_seconds
+from secateur.report.words import perplexity_text
 
 Shown = Callable[[float], str]
 
 COLUMNS: dict[str, tuple[str, Shown, Shown]] = {
-    "perplexity": ("perplexity", "{:,.2f}".format, "{:,.2f}".format),
+    "perplexity": ("perplexity", perplexity_text, perplexity_text),
     "kl": ("KL to\ndense", "{:.4f}".format, "{:.4f}".format),
     "agreement": ("same\ntoken", "{:.1%}".format, "{:.1%}".format),
     "parameters": ("para-\nmeters", human_count, human_count),

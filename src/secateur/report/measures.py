@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.files import human_bytes, human_count
+from secateur.report.words import perplexity_text
 
 Get = Callable[[Mapping[str, Any]], float | None]
 Show = Callable[[float], str]
@@ -80,7 +81,7 @@ def _figures(models: Mapping[str, Mapping[str, Any]]) -> list[_Figure]:
     Perplexity stands without its standard error: all models read the same windows, so they differ far more surely than that says.
     """
     rows = [
-        _Figure("perplexity", _reader("perplexity", "value"), "{:,.2f}".format),
+        _Figure("perplexity", _reader("perplexity", "value"), perplexity_text),
         _Figure("KL to the first, nats a token", _reader("divergence", "value"), "{:.4f}".format, _reader("divergence", "standard_error")),
         _Figure("same likeliest token", _reader("divergence", "agreement"), "{:.1%}".format),
         _Figure("parameters", _reader("size", "parameters"), human_count),

@@ -11,6 +11,11 @@ from secateur.recipe import SPANNING, Recipe
 from secateur.report.count import Count
 
 
+def perplexity_text(value: float) -> str:
+    """``29.04``; of a ruined model, where no digit says more than the size, ``1.17e7``."""
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
+
+
 def asked(plan: Plan) -> str:
     """The recipe's demand in words."""
     recipe, parts = plan.recipe, []

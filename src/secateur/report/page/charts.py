@@ -13,6 +13,7 @@ from typing import Any, Literal
 import altair as alt
 
 from secateur.removal.spread import ScoreSpread, joined
+from secateur.report.words import perplexity_text
 
 Spec = dict[str, Any]
 """A Vega-Lite specification."""
@@ -29,6 +30,12 @@ FATES = ["stays", "removed"]
 
 SHORT = ".3~s"
 """How d3 writes large numbers in few digits."""
+
+ALIKE, NARROWEST = 0.001, 0.05
+"""Costs nearer to each other than this share are called the same, and an axis of them is never narrower than that."""
+
+LABEL = 26
+"""Characters of a point's name: as many as a phone has room for."""
 
 ROW, HEADROOM = 20, 84
 """Pixels of one row of a heat map, and of its legend and axis."""
@@ -259,36 +266,58 @@ def task_scores(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Spe
 
 
 def front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """The places of those points to which no other is at least equal in both coordinates and better in one (less is better)."""
+    """The places of those points that no other beats: at least equal in both coordinates and better in one (less is better).
+
+    First coordinates within ``ALIKE`` of each other count as equal.
+    """
     return {
         place
         for place, (x, y) in enumerate(points)
-        if not any(a <= x and b <= y and (a < x or b < y) for a, b in points)
+        if not any(a <= x * (1 + ALIKE) and b <= y and (a < x * (1 - ALIKE) or b < y) for a, b in points)
     }
 
 
-def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str) -> Spec:
+def telling(names: Sequence[str]) -> list[str]:
+    """The names without the words that all of them share, cut in the middle where they are long still."""
+    words = [name.split() for name in names]
+    shared = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    labels = [" ".join(word for word in own if word not in shared) or " ".join(own) for own in words]
+    return [text if len(text) <= LABEL else f"{text[: LABEL // 2]}…{text[-LABEL // 2 :]}" for text in labels]
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str, dense: float) -> Spec:
     """Cost against perplexity, a point a recipe, the front joined by a line; a point leads to its page.
 
     Args:
         rows: ``name``, ``cost``, ``perplexity`` and ``page`` (or None).
         title: what the cost is.
         shown: how d3 writes it.
+        dense: the dense model's perplexity, a line across.
     """
     on_front = front([(row["cost"], row["perplexity"]) for row in rows])
+    labels = telling([row["name"] for row in rows])
+    # Names of neighbours stand above and below in turn, so that they meet less often.
+    rank = {place: rank for rank, place in enumerate(sorted(range(len(rows)), key=lambda n: rows[n]["perplexity"]))}
     given = [
-        {**row, "front": place in on_front, "label": row["name"] if place in on_front else ""}
+        {
+            **row,
+            "front": place in on_front,
+            "label": labels[place],
+            "above": rank[place] % 2 == 0,
+            "shown": perplexity_text(row["perplexity"]),
+        }
         for place, row in enumerate(rows)
     ]
     cheapest, dearest = min(row["cost"] for row in rows), max(row["cost"] for row in rows)
     half = (cheapest + dearest) / 2
-    if shown == SHORT and dearest > cheapest:  # as many digits as tell neighbours on the axis apart
-        digits = math.ceil(math.log10(dearest / (dearest - cheapest))) + 2
-        shown = f".{min(max(digits, 3), 6)}~s"
-    least, most = min(row["perplexity"] for row in rows), max(row["perplexity"] for row in rows)
-    scale = alt.Scale(type="log", nice=False, padding=24) if most > 5 * least else alt.Scale(zero=False, padding=24)
+    reach = max(dearest - cheapest, NARROWEST * dearest) / 2
+    if shown == SHORT:  # as many digits as tell neighbours on the axis apart
+        shown = f".{max(math.ceil(math.log10(dearest / (2 * reach))) + 2, 3)}~s"
+    values = [dense, *(row["perplexity"] for row in rows)]
+    log = max(values) > 5 * min(values)
+    scale = alt.Scale(type="log", nice=False, padding=24) if log else alt.Scale(zero=False, padding=24)
     base = alt.Chart(_inline(given)).encode(
-        x=alt.X("cost:Q", title=title, scale=alt.Scale(zero=False, padding=24))
+        x=alt.X("cost:Q", title=title, scale=alt.Scale(domain=[half - reach, half + reach], nice=False, padding=24))
         .axis(format=shown, tickCount=5, labelOverlap=True, grid=False),
         y=alt.Y("perplexity:Q", scale=scale, axis=alt.Axis(tickCount=5, format=",~r", grid=False)),
     )  # fmt: skip
@@ -297,12 +326,17 @@ def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str) -> Spec:
         .mark_line(interpolate="step-after", strokeDash=[4, 3], color=STAYS, opacity=0.7)
         .encode(x="cost:Q", y=alt.Y("perplexity:Q", scale=scale))
     )
+    across = alt.Chart(_inline([{"perplexity": dense, "label": "dense"}])).encode(y=alt.Y("perplexity:Q", scale=scale))
+    yardstick = [
+        across.mark_rule(opacity=0.5),
+        across.mark_text(align="left", dx=4, dy=9, fontSize=11).encode(x=alt.value(0), text="label:N"),
+    ]
     points = base.mark_circle(size=90, opacity=0.9, cursor="pointer").encode(
         color=alt.condition("datum.front", alt.value(STAYS), alt.value(GOES)),
         href="page:N",
         tooltip=[
             alt.Tooltip("name:N", title="recipe"),
-            alt.Tooltip("perplexity:Q", format=",.2f"),
+            alt.Tooltip("shown:N", title="perplexity"),
             alt.Tooltip("cost:Q", title=title, format=shown),
         ],
     )
@@ -311,11 +345,14 @@ def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str) -> Spec:
         ("left", 8, f"datum.cost <= {half}"),
         ("right", -8, f"datum.cost > {half}"),
     ]
-    labels = [
-        base.transform_filter(where).mark_text(align=side, dx=dx, dy=-8, fontSize=11, limit=190).encode(text="label:N")
+    names = [
+        base.transform_filter(f"{where} && {high}datum.above")
+        .mark_text(align=side, dx=dx, dy=dy, fontSize=11, limit=190)
+        .encode(text="label:N")
         for side, dx, where in sides
+        for high, dy in (("", -9), ("!", 11))
     ]
     return _spec(
-        alt.layer(line, points, *labels).properties(width="container", height=320),
+        alt.layer(*yardstick, line, points, *names).properties(width="container", height=320),
         f"Perplexity against {title}, by recipe.",
     )

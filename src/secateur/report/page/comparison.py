@@ -16,12 +16,16 @@ from secateur.report.measures import Cell, MeasureTable
 from secateur.report.page import charts
 from secateur.report.page.render import render
 from secateur.report.page.run import Facts, how_chosen, plan_charts
+from secateur.report.words import perplexity_text
 
 COSTS = {
     "nonzero_parameters": ("parameters that are not zero", charts.SHORT),
     "seconds": ("seconds to plan it", ",.0f"),
 }
 """What perplexity is set against: title, and the number's form."""
+
+RUINED = 100
+"""A model with more than this many times the dense model's perplexity is praised for nothing."""
 
 
 def write_comparison_pages(comparison: Comparison) -> Path:
@@ -57,7 +61,7 @@ def _facts(comparison: Comparison, pages: Mapping[str, str]) -> Facts:
             if row.mean(cost) is not None
         ]
         if len(points) > 1:
-            pictures.append(charts.pareto(points, title, shown))
+            pictures.append(charts.pareto(points, title, shown, dense.values["perplexity"][0]))
     table = []
     for row in comparison.rows:
         marks = "".join(mark for mark, said in (("†", row.found), ("‡", row.resumed)) if said)
@@ -75,17 +79,28 @@ def _facts(comparison: Comparison, pages: Mapping[str, str]) -> Facts:
 
 
 def _verdict(dense: Row, known: list[Row]) -> list[str]:
-    parts = [f"dense perplexity {dense.values['perplexity'][0]:,.2f}"]
-    if known:
-        best = min(known, key=lambda row: row.mean("perplexity") or 0)
-        parts.append(f"{best.name} comes nearest with {best.mean('perplexity'):,.2f}")
-        fastest = min(known, key=lambda row: row.mean("seconds") or 0)
+    yardstick = dense.values["perplexity"][0]
+    parts = [f"dense perplexity {perplexity_text(yardstick)}"]
+    sound = [row for row in known if _perplexity(row) <= RUINED * yardstick]
+    if sound:
+        best = min(sound, key=_perplexity)
+        parts.append(f"{best.name} comes nearest with {perplexity_text(_perplexity(best))}")
+        fastest = min(sound, key=lambda row: row.mean("seconds") or 0)
         if fastest is not best:
             parts.append(
                 f"{fastest.name} is planned fastest ({human_seconds(fastest.mean('seconds') or 0)} beside "
-                f"{human_seconds(best.mean('seconds') or 0)}) and gives {fastest.mean('perplexity'):,.2f}"
+                f"{human_seconds(best.mean('seconds') or 0)}) and gives {perplexity_text(_perplexity(fastest))}"
             )
+    parts += [
+        f"{row.name} ruins the model (perplexity {perplexity_text(_perplexity(row))})"
+        for row in known
+        if row not in sound
+    ]
     return parts
+
+
+def _perplexity(row: Row) -> float:
+    return row.mean("perplexity") or 0
 
 
 def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any]) -> str:
@@ -98,7 +113,8 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
     old, new = (figures[when]["parameters"] for when in ("before", "after"))
     said = [f"{1 - new / old:.1%} fewer parameters ({human_count(old)} → {human_count(new)})"] if new < old else []
     said += [f"{zeros / masked:.1%} of the masked matrices' weights are zero"] if masked else []
-    said += [f"perplexity {dense.values['perplexity'][0]:,.2f} → {run['measured']['perplexity']['value']:,.2f}"]
+    perplexities = dense.values["perplexity"][0], run["measured"]["perplexity"]["value"]
+    said += [f"perplexity {' → '.join(map(perplexity_text, perplexities))}"]
     removed = [(f"{kind} units", gone, of) for kind, (gone, of) in plan.removed_by_kind().items()]
     removed += [("weights of masked matrices", zeros, masked)] if masked else []
     removed += [("parameters", old - new, old)] if new < old else []

@@ -8,6 +8,7 @@ from typing import Any
 from secateur.files import human_count
 from secateur.report.measured import PERPLEXITY, TASKS
 from secateur.report.measures import TASK_METRICS
+from secateur.report.words import perplexity_text
 
 
 def verdict(before: Mapping[str, Any], after: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
@@ -21,9 +22,10 @@ def verdict(before: Mapping[str, Any], after: Mapping[str, Any], measured: Mappi
     dense, own = _pair(measured.get(PERPLEXITY))
     if dense and own:
         parts += _faster(dense, own)
-        parts.append(f"perplexity {dense['perplexity']['value']:,.2f} → {own['perplexity']['value']:,.2f}")
+        perplexities = (perplexity_text(one["perplexity"]["value"]) for one in (dense, own))
+        parts.append(f"perplexity {' → '.join(perplexities)}")
     elif own:
-        parts.append(f"perplexity {own['perplexity']['value']:,.2f}")
+        parts.append(f"perplexity {perplexity_text(own['perplexity']['value'])}")
     dense, own = _pair(measured.get(TASKS))
     if dense and own:
         parts += _kept(dense["means"], own["means"], measured[TASKS].get("questions") or {})
