@@ -147,6 +147,14 @@ def test_one_task_has_a_lane_a_model_below_the_legend(width, one_task, look):
     assert legend["y"] + legend["height"] <= middles[0]
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_code_is_wrapped_and_wide_tables_show_that_they_go_on(width, compared, look):
+    page = look(next((compared / "recipes").glob(f"*/{PAGE}")), width)
+    assert page.locator("pre").count() > 0
+    assert page.evaluate("[...document.querySelectorAll('pre')].every((code) => code.scrollWidth <= code.clientWidth)")
+    assert "gradient" in page.evaluate("getComputedStyle(document.querySelector('.wide')).backgroundImage")
+
+
 def test_on_paper_it_is_light_and_complete(recovered, look):
     page = look(recovered / PAGE, color_scheme="dark")
     page.emulate_media(media="print")
@@ -179,6 +187,7 @@ def test_a_comparison_sorts_and_leads_to_its_recipes(width, compared, look):
     page.get_by_role("link", name="wanda").click()
     page.wait_for_selector("body[data-drawn]")
     assert page.locator("h1").inner_text() == "wanda unit=2:4"
+    assert "seed-0.safetensors" not in page.locator("main").inner_text()  # it says what the windows were cut from
     page.get_by_role("link", name="All recipes").click()
     page.wait_for_selector("table.sortable")
 
