@@ -20,6 +20,7 @@ from secateur.report.page.charts import LANE, SHORT, front, heat_map, pareto, ta
 from secateur.report.page.comparison import _verdict
 from secateur.report.page.run import run_facts, shares_of
 from secateur.report.page.verdict import verdict
+from secateur.report.words import without_folders
 
 pytestmark = [pytest.mark.usefixtures("same_process"), pytest.mark.pages]
 
@@ -136,7 +137,7 @@ def test_what_is_measured_later_goes_into_page_and_card(cut, windows_file, tmp_p
     assert shown["decode, batch 8, ms"][2].text == f"{latency:,.1f} ±\u00a0{spread:,.1f}"
     rate, spread = timed["tokens_per_second"], timed["tokens_per_second_spread"]
     assert shown["decode, batch 8, tokens/s"][2].text == f"{rate:,.1f} ±\u00a0{spread:,.1f}"
-    assert all(" ±\u00a0" in cell.text for cell in shown["KL to the first, nats a token"][1:])
+    assert all(" ±\u00a0" in cell.text for cell in shown["KL to dense, nats a token"][1:])
     assert facts["training"]["lines"][0].startswith("lora")
     losses = [row["loss"] for row in values_of(facts["training"]["chart"]) if row["on"] == "training"]
     assert losses == record_of(tmp_path / "tuned")["training"]["losses"]
@@ -282,6 +283,17 @@ def test_the_axis_of_costs_has_a_width_that_tells_its_numbers_apart(costs):
     assert high - low >= 0.05 * max(costs) * 0.999
     assert {row["perplexity"] for row in values_of(spec)} == {9.0, 10.0}  # the dense model has a line
     assert all(row["label"] for row in values_of(spec))
+
+
+def test_the_folders_of_this_machine_are_not_published(cut, windows_file):
+    assert windows_file.is_absolute()
+    for file in (PAGE, "README.md"):
+        text = re.sub(r"<script>.*?</script>", "", (cut / file).read_text(), flags=re.DOTALL)
+        assert windows_file.name in text
+        assert str(windows_file.parent) not in text
+    assert without_folders("on /a b/c.txt: all", "/a b/c.txt") == "on c.txt: all"
+    kept = "from https://pypi.org/project/x, wikitext/raw and 3 / 4; ../text"
+    assert without_folders(f"{kept} and /home/me/tasks; no") == f"{kept} and tasks; no"
 
 
 def test_labels_keep_what_tells_recipes_apart():

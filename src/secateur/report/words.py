@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from secateur.plans import Plan
 from secateur.quantities import Target
 from secateur.recipe import SPANNING, Recipe
 from secateur.report.count import Count
+
+_FOLDERS = re.compile(r"(?<![\w/:.])/(?:[^\s/]+/)+(?=[^\s/])")
+"""The folders of an absolute path in a text; an address has none."""
+
+
+def without_folders(text: str, source: str = "") -> str:
+    """``text`` with absolute paths cut to their last name, since pages and cards are published.
+
+    Args:
+        source: a path that stands in it and may hold spaces.
+    """
+    if Path(source).is_absolute():
+        text = text.replace(source, Path(source).name)
+    return _FOLDERS.sub("", text)
 
 
 def perplexity_text(value: float) -> str:

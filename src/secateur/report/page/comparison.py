@@ -16,10 +16,10 @@ from secateur.report.measures import Cell, MeasureTable
 from secateur.report.page import charts
 from secateur.report.page.render import render
 from secateur.report.page.run import Facts, how_chosen, plan_charts
-from secateur.report.words import perplexity_text
+from secateur.report.words import perplexity_text, without_folders
 
 COSTS = {
-    "nonzero_parameters": ("parameters that are not zero", charts.SHORT),
+    "nonzero_parameters": ("parameters not zero", charts.SHORT),
     "seconds": ("seconds to plan it", ",.0f"),
 }
 """What perplexity is set against: title, and the number's form."""
@@ -118,6 +118,8 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
     removed = [(f"{kind} units", gone, of) for kind, (gone, of) in plan.removed_by_kind().items()]
     removed += [("weights of masked matrices", zeros, masked)] if masked else []
     removed += [("parameters", old - new, old)] if new < old else []
+    text = comparison.record["calibration"].get(str(run["seed"]))
+    cut_from = text and without_folders(text["description"])
     times = [
         ("planning", human_seconds(planned["seconds"]) + (" (without what was found made)" if row.found else "")),
         ("peak memory", human_bytes(planned["peak_memory"])),
@@ -132,9 +134,9 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
         "training": None,
         "tasks": None,
         "continuations": [],
-        "how": [("asked for", planned["record"]["asked"]), *how_chosen(plan)],
+        "how": [("asked for", planned["record"]["asked"]), *how_chosen(plan, cut_from)],
         "times": times,
-        "recipe": (place / RECIPE).read_text(encoding="utf-8"),
+        "recipe": without_folders((place / RECIPE).read_text(encoding="utf-8")),
         "load": None,
         "reproduce": f"secateur apply recipes/{folder.name} --out SMALLER   # writes the pruned model",
         "uneven": False,
@@ -146,7 +148,9 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
 
 
 def _beside_dense(comparison: Comparison, row: Row) -> MeasureTable:
-    table = MeasureTable(["dense", row.name], note=comparison.record["protocol"])
+    table = MeasureTable(
+        ["dense", row.name], note=without_folders(comparison.record["protocol"], comparison.record["text"])
+    )
     for figure, (head, _, _) in COLUMNS.items():
         if figure in ("seconds", "peak_memory"):
             continue
