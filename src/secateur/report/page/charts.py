@@ -340,18 +340,15 @@ def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str, dense: flo
             alt.Tooltip("cost:Q", title=title, format=shown),
         ],
     )
-    # A name stands on that side of its point where there is room for it.
-    sides: list[tuple[Literal["left", "right"], int, str]] = [
-        ("left", 8, f"datum.cost <= {half}"),
-        ("right", -8, f"datum.cost > {half}"),
-    ]
-    names = [
-        base.transform_filter(f"{where} && {high}datum.above")
-        .mark_text(align=side, dx=dx, dy=dy, fontSize=11, limit=190)
-        .encode(text="label:N")
-        for side, dx, where in sides
-        for high, dy in (("", -9), ("!", 11))
-    ]
+    # A name stands on that side of its point where there is room for it; Vega complains of a layer that has no rows.
+    names = []
+    for left, above in sorted({(row["cost"] <= half, row["above"]) for row in given}):
+        side: Literal["left", "right"] = "left" if left else "right"
+        own = [row for row in given if (row["cost"] <= half, row["above"]) == (left, above)]
+        text = base.properties(data=_inline(own)).mark_text(
+            align=side, dx=8 if left else -8, dy=-9 if above else 11, fontSize=11, limit=190
+        )
+        names.append(text.encode(text="label:N"))
     return _spec(
         alt.layer(*yardstick, line, points, *names).properties(width="container", height=320),
         f"Perplexity against {title}, by recipe.",
