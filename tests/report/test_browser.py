@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import secateur
-from secateur.report.page import PAGE
+from secateur.report.measured import TASKS, note_measured
+from secateur.report.page import PAGE, write_run_page
 
 pytest.importorskip("playwright")
 from playwright.sync_api import Page, sync_playwright
@@ -89,6 +91,20 @@ def compared(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
     return tmp_path / "compared"
 
 
+@pytest.fixture
+def one_task(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
+    """A run with one task of which three models have scores."""
+    secateur.prune(str(llama_folder), tmp_path / "cut", unit="channel", ratio=0.5, calibration=str(windows_file))
+    score = {"value": 0.5, "standard_error": 0.1}
+    models = {
+        name: {"scores": {"piqa": {"acc": score}}, "means": {"acc": score}, "kept": {}}
+        for name in ("model", "cut", "tuned")
+    }
+    tasks = {"models": models, "questions": {"piqa": 20}, "protocol": "as asked"}
+    note_measured(tmp_path / "cut", TASKS, tasks | {"roles": {"own": "cut", "dense": "model"}})
+    return write_run_page(tmp_path / "cut")
+
+
 def no_wider_than_itself(page: Page, width: int) -> bool:
     return bool(page.evaluate("document.documentElement.scrollWidth") <= width)
 
@@ -116,8 +132,27 @@ def test_a_cell_tells_its_numbers_when_it_is_pointed_at(recovered, look):
     page.locator(".chart").first.locator(".mark-rect.role-mark path").first.hover()
     page.wait_for_selector("#vg-tooltip-element.visible")
     told = page.locator("#vg-tooltip-element").inner_text()
-    for word in ("block", "gone", "of", "50.00%"):
+    for word in ("block", "removed", "of", "50.00%"):
         assert word in told
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_one_task_has_a_lane_a_model_below_the_legend(width, one_task, look):
+    page = look(one_task, width)
+    chart = page.locator("[data-spec=tasks] svg")
+    points = chart.locator(".mark-symbol.role-mark path")
+    middles = sorted(box["y"] + box["height"] / 2 for box in (points.nth(n).bounding_box() for n in range(3)))
+    assert min(below - above for above, below in pairwise(middles)) >= 12
+    legend = chart.locator(".role-legend").first.bounding_box()
+    assert legend["y"] + legend["height"] <= middles[0]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_code_is_wrapped_and_wide_tables_show_that_they_go_on(width, compared, look):
+    page = look(next((compared / "recipes").glob(f"*/{PAGE}")), width)
+    assert page.locator("pre").count() > 0
+    assert page.evaluate("[...document.querySelectorAll('pre')].every((code) => code.scrollWidth <= code.clientWidth)")
+    assert "gradient" in page.evaluate("getComputedStyle(document.querySelector('.wide')).backgroundImage")
 
 
 def test_on_paper_it_is_light_and_complete(recovered, look):
@@ -152,6 +187,9 @@ def test_a_comparison_sorts_and_leads_to_its_recipes(width, compared, look):
     page.get_by_role("link", name="wanda").click()
     page.wait_for_selector("body[data-drawn]")
     assert page.locator("h1").inner_text() == "wanda unit=2:4"
+    assert "seed-0.safetensors" not in "".join(
+        page.locator("table").all_inner_texts()
+    )  # it says what the windows were cut from
     page.get_by_role("link", name="All recipes").click()
     page.wait_for_selector("table.sortable")
 

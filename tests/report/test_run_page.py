@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 
 import secateur
+from secateur.comparison.result import Row
 from secateur.plans import load_plan
 from secateur.report.measured import MEASURED, PERPLEXITY, TASKS, note_measured, read_measured
 from secateur.report.page import PAGE, write_run_page
-from secateur.report.page.charts import SHORT, front, pareto
+from secateur.report.page.charts import LANE, SHORT, front, heat_map, pareto, task_scores, telling
+from secateur.report.page.comparison import _verdict
 from secateur.report.page.run import run_facts, shares_of
 from secateur.report.page.verdict import verdict
+from secateur.report.words import without_folders
 
 pytestmark = [pytest.mark.usefixtures("same_process"), pytest.mark.pages]
 
@@ -66,6 +69,13 @@ def test_the_map_is_what_the_plan_takes(cut):
     assert not cells
 
 
+@pytest.mark.parametrize("share", [0.0003, 0.1999, 1.0])
+def test_the_legend_of_the_map_reaches_what_its_cells_hold(share):
+    cells = {"channel": {0: {"share": share, "gone": 1, "of": 1}}}
+    shown = heat_map(cells, 1)["encoding"]["opacity"]["legend"]["values"]
+    assert (shown[0], shown[-1]) == (0, share)
+
+
 def test_masks_are_shown_by_matrix_with_their_scores(llama_folder, windows_file, tmp_path):
     secateur.prune(
         str(llama_folder),
@@ -103,8 +113,15 @@ def test_every_kind_of_run_has_a_page(recipe, llama_folder, windows_file, tmp_pa
     secateur.prune(str(llama_folder), tmp_path / "out", calibration=str(windows_file), **recipe)
     facts = facts_of(tmp_path / "out")
     assert facts["where"] is not None or recipe["unit"] == "hidden"
-    assert facts["left"]
+    assert facts["removed"]
     assert (tmp_path / "out" / PAGE).stat().st_size > 100_000
+
+
+def test_what_was_removed_is_never_called_left(cut):
+    page = re.sub(r"<script>.*?</script>|<style>.*?</style>", "", (cut / PAGE).read_text(), flags=re.DOTALL)
+    assert "<h2>What was removed</h2>" in page
+    assert "The stronger the colour, the more was removed." in page
+    assert not re.search(r"\b(left|leaves|gone)\b(?!\")", page)
 
 
 def test_what_is_measured_later_goes_into_page_and_card(cut, windows_file, tmp_path, command):
@@ -120,7 +137,7 @@ def test_what_is_measured_later_goes_into_page_and_card(cut, windows_file, tmp_p
     assert shown["decode, batch 8, ms"][2].text == f"{latency:,.1f} ±\u00a0{spread:,.1f}"
     rate, spread = timed["tokens_per_second"], timed["tokens_per_second_spread"]
     assert shown["decode, batch 8, tokens/s"][2].text == f"{rate:,.1f} ±\u00a0{spread:,.1f}"
-    assert all(" ±\u00a0" in cell.text for cell in shown["KL to the first, nats a token"][1:])
+    assert all(" ±\u00a0" in cell.text for cell in shown["KL to dense, nats a token"][1:])
     assert facts["training"]["lines"][0].startswith("lora")
     losses = [row["loss"] for row in values_of(facts["training"]["chart"]) if row["on"] == "training"]
     assert losses == record_of(tmp_path / "tuned")["training"]["losses"]
@@ -144,9 +161,23 @@ def test_tasks_are_shown_with_their_errors(cut):
     facts = facts_of(cut)
     rows = values_of(facts["tasks"]["chart"])
     assert {(row["model"], row["low"], row["high"]) for row in rows} == {("model", 0.45, 0.55), ("cut", 0.45, 0.55)}
-    assert "80.0% of the dense model's task scores kept" in facts["verdict"]
+    kept = "80.0% of the dense model's task scores kept"
+    assert f"{kept} (0.400 ±\u00a00.050 beside 0.500 ±\u00a00.050, 10 questions in 1 task)" in facts["verdict"]
     page = write_run_page(cut).read_text()
     assert "0.500 ± 0.050" in page
+
+
+@pytest.mark.parametrize("tasks", [1, 7])
+@pytest.mark.parametrize("models", [1, 3])
+def test_every_model_has_a_lane_of_its_own_in_the_chart_of_tasks(tasks, models):
+    rows = [
+        {"task": f"task {task}", "metric": "acc", "model": f"model {model}", "value": 0.5, "error": 0.1}
+        for task in range(tasks)
+        for model in range(models)
+    ]
+    spec = task_scores(rows, [f"model {model}" for model in range(models)])
+    assert spec["height"] >= LANE * tasks * models + 60
+    assert all(layer["encoding"]["yOffset"]["field"] == "model" for layer in spec["layer"])
 
 
 def test_each_measurement_has_names_of_its_own(cut):
@@ -163,9 +194,29 @@ def test_each_measurement_has_names_of_its_own(cut):
     }
     record = record_of(cut)
     parts = verdict(record["before"], record["after"], {PERPLEXITY: text, TASKS: tasks})
-    assert parts[1:] == ["perplexity 20.00 → 30.00", "75.0% of the dense model's task scores kept"]
+    assert parts[1:] == [
+        "perplexity 20.00 → 30.00",
+        "75.0% of the dense model's task scores kept (0.300 beside 0.400)",
+    ]
     alone = {TASKS: tasks | {"roles": {"own": "mine", "dense": None}}}
     assert len(verdict(record["before"], record["after"], alone)) == 1
+
+
+@pytest.mark.parametrize(
+    ("spread", "said"),
+    [
+        (0.0099, "decode, batch 1: 1.25 × as fast"),
+        (0.0101, "decode, batch 1: as fast as the dense model within the spread of the measurement"),
+    ],
+)
+def test_a_speed_is_told_where_both_spreads_together_are_less_than_the_difference(cut, spread, said):
+    figures = {"perplexity": {"value": 20.0}}
+    models = {
+        name: figures | {"speed": {"decode, batch 1": {"latency": latency, "latency_spread": spread}}}
+        for name, latency in {"dense": 0.1, "pruned": 0.08}.items()
+    }
+    record = record_of(cut)
+    assert said in verdict(record["before"], record["after"], {PERPLEXITY: {"models": models}})
 
 
 def test_a_card_that_somebody_wrote_anew_is_left_alone(cut, windows_file, command):
@@ -219,26 +270,72 @@ def test_a_damaged_measurement_is_as_none(cut):
 def test_the_front_of_a_cloud():
     points = [(1.0, 5.0), (2.0, 4.0), (2.0, 6.0), (3.0, 4.0), (1.0, 5.0)]
     assert front(points) == {0, 1, 4}
+    assert front([(118.28e6, 9.0), (118.25e6, 10.0)]) == {0}  # less than a thousandth is no smaller
+
+
+@pytest.mark.parametrize("costs", [(118.28e6, 118.281e6), (118e6, 118e6), (50e6, 100e6)])
+def test_the_axis_of_costs_has_a_width_that_tells_its_numbers_apart(costs):
+    rows = [{"name": f"{cost}", "cost": cost, "perplexity": 10.0, "page": None} for cost in costs]
+    spec = pareto(rows, "size", SHORT, 9.0)
+    x = next(own for layer in spec["layer"] if "axis" in (own := layer["encoding"].get("x", {})))
+    low, high = x["scale"]["domain"]
+    assert low <= min(costs) <= max(costs) <= high
+    assert high - low >= 0.05 * max(costs) * 0.999
+    assert {row["perplexity"] for row in values_of(spec)} == {9.0, 10.0}  # the dense model has a line
+    assert all(row["label"] for row in values_of(spec))
+
+
+def test_the_folders_of_this_machine_are_not_published(cut, windows_file):
+    assert windows_file.is_absolute()
+    for file in (PAGE, "README.md"):
+        text = re.sub(r"<script>.*?</script>", "", (cut / file).read_text(), flags=re.DOTALL)
+        assert windows_file.name in text
+        assert str(windows_file.parent) not in text
+    assert without_folders("on /a b/c.txt: all", "/a b/c.txt") == "on c.txt: all"
+    kept = "from https://pypi.org/project/x, wikitext/raw and 3 / 4; ../text"
+    assert without_folders(f"{kept} and /home/me/tasks; no") == f"{kept} and tasks; no"
+
+
+def test_labels_keep_what_tells_recipes_apart():
+    assert telling(["preset=fast unit=channel ratio=0.2", "magnitude unit=channel ratio=0.2"]) == [
+        "preset=fast",
+        "magnitude",
+    ]
+    assert telling(["wanda unit=2:4"]) == ["wanda unit=2:4"]
+    long = telling([f"taylor {'a' * 40} seed={seed}" for seed in (1, 2)] + ["b " * 30])
+    assert len(set(long)) == 3
+    assert max(map(len, long)) <= 27
+
+
+def test_a_ruined_model_is_not_praised():
+    def row(name: str, perplexity: float, seconds: float) -> Row:
+        return Row(name, [0], {"perplexity": [perplexity], "seconds": [seconds]}, [])
+
+    dense, good, ruined = row("dense", 30.0, 0), row("good", 49.43, 66), row("ruined", 11656245.09, 38)
+    ruin = "ruined ruins the model (perplexity 1.17e7)"
+    assert _verdict(dense, [good, ruined]) == ["dense perplexity 30.00", "good comes nearest with 49.43", ruin]
+    assert _verdict(dense, [ruined]) == ["dense perplexity 30.00", ruin]
 
 
 def test_zeros_that_the_model_came_with_are_not_called_its_loss(cut):
     before, after = record_of(cut)["before"], record_of(cut)["after"]
     record = record_of(cut) | {"before": before | {"zeros": before["prunable"] // 25}}
     record["after"] = after | {"zeros": after["prunable"] // 25}
-    left = [what for what, _, _ in run_facts(cut, record)["left"]]
+    left = [what for what, _, _ in run_facts(cut, record)["removed"]]
     assert left == ["channel units", "head units", "query units", "parameters"]
     record["after"] = after | {"zeros": after["prunable"] // 2}
-    assert "weights of the blocks' matrices zeroed" in [what for what, _, _ in run_facts(cut, record)["left"]]
+    assert "weights of the blocks' matrices zeroed" in [what for what, _, _ in run_facts(cut, record)["removed"]]
 
 
 def test_sizes_close_to_each_other_are_told_apart_on_the_axis():
     def axis(*costs: float) -> str:
         rows = [{"name": str(cost), "cost": cost, "perplexity": 10.0 - cost / 1e9, "page": None} for cost in costs]
-        spec = pareto(rows, "size", SHORT)
+        spec = pareto(rows, "size", SHORT, 9.0)
         return next(
-            layer["encoding"]["x"]["axis"]["format"] for layer in spec["layer"] if "axis" in layer["encoding"]["x"]
+            layer["encoding"]["x"]["axis"]["format"]
+            for layer in spec["layer"]
+            if "axis" in layer["encoding"].get("x", {})
         )
 
     assert axis(50e6, 100e6) == ".3~s"
-    assert axis(118.25e6, 118.36e6) == ".6~s"
-    assert axis(118e6, 118e6) == ".3~s"
+    assert axis(118.25e6, 118.36e6) == axis(118e6, 118e6) == ".4~s"

@@ -11,6 +11,7 @@ from secateur.files import atomic_file, human_bytes
 from secateur.plans import Plan
 from secateur.report.measured import PERPLEXITY, TASKS, read_measured
 from secateur.report.measures import by_task, evaluated, task_means, task_rows
+from secateur.report.words import without_folders
 
 Facts = dict[str, Any]
 
@@ -48,7 +49,7 @@ def model_card(facts: Facts) -> str:
         "## How it was chosen\n\n" + _how(facts),
         "## Load it\n\n" + _load(facts),
         "## Recipe\n\nEverything needed to make it again; the full plan is in `secateur/plan.json`.\n\n"
-        f"```yaml\n{facts['recipe'].strip()}\n```",
+        f"```yaml\n{without_folders(facts['recipe'].strip())}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -85,7 +86,7 @@ def recovered_facts(record: Facts, title: str, recipe: str | None) -> Facts:
         "title": f"{name}, pruned and recovered",
         "model": record["model"],
         "what": f"A pruned {name}, tuned by {title} for {training['kept_step']} steps on {data['windows']} windows of "
-        f"{data['window_length']} tokens ({data['description']}).",
+        f"{data['window_length']} tokens ({without_folders(data['description'], data['source'])}).",
         "before": record["before"],
         "after": record["after"],
         "asked": "recovery of a pruned model",
@@ -133,7 +134,7 @@ def figures_markdown(measured: Mapping[str, Any]) -> str:
             error = "" if mean["error"] is None else f" ± {mean['error']:.3f}"
             rows.setdefault(f"mean ({mean['metric']})", []).append(f"{mean['value']:.3f}{error}")
             rows.setdefault("share of the first's", []).append("" if mean["kept"] is None else f"{mean['kept']:.1%}")
-        parts += [found["protocol"], _markdown(list(found["models"]), rows)]
+        parts += [without_folders(found["protocol"]), _markdown(list(found["models"]), rows)]
     return "\n\n".join(["## Figures", *parts]) + "\n" if parts else ""
 
 
@@ -161,7 +162,7 @@ def _how(facts: Facts) -> str:
     if calibration:
         lines.append(
             f"- Calibration: {calibration['windows']} windows of {calibration['window_length']} tokens, "
-            f"{calibration['description']} (sha256 `{calibration['sha256'][:16]}`)"
+            f"{without_folders(calibration['description'], calibration['source'])} (sha256 `{calibration['sha256'][:16]}`)"
         )
     else:
         lines.append("- Calibration: none was needed")

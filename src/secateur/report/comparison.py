@@ -10,16 +10,17 @@ from rich.text import Text
 
 from secateur.comparison.result import Comparison, Row
 from secateur.files import human_bytes, human_count, human_seconds
+from secateur.report.words import perplexity_text, without_folders
 
 Shown = Callable[[float], str]
 
 COLUMNS: dict[str, tuple[str, Shown, Shown]] = {
-    "perplexity": ("perplexity", "{:,.2f}".format, "{:,.2f}".format),
+    "perplexity": ("perplexity", perplexity_text, perplexity_text),
     "kl": ("KL to\ndense", "{:.4f}".format, "{:.4f}".format),
-    "agreement": ("same\ntoken", "{:.1%}".format, "{:.1%}".format),
+    "agreement": ("same\nlike-\nliest\ntoken", "{:.1%}".format, "{:.1%}".format),
     "parameters": ("para-\nmeters", human_count, human_count),
-    "nonzero_parameters": ("not\nzero", human_count, human_count),
-    "bytes": ("on\ndisk", human_bytes, human_bytes),
+    "nonzero_parameters": ("para-\nmeters\nnot\nzero", human_count, human_count),
+    "bytes": ("weights\non disk", human_bytes, human_bytes),
     "seconds": ("time", human_seconds, human_seconds),
     "peak_memory": ("memory", human_bytes, human_bytes),
 }
@@ -83,7 +84,7 @@ def notes_of(comparison: Comparison, inside: bool = False) -> list[str]:
         inside: they will lie in the comparison's own folder, which may be moved: paths begin there.
     """
     record = comparison.record
-    notes = [f"{record['protocol']}. KL(dense || pruned) in nats a token."]
+    notes = [f"{without_folders(record['protocol'], record['text'])}. KL(dense || pruned) in nats a token."]
     notes += record["notes"]
     found = [f"{row.name} ({', '.join(row.found)})" for row in comparison.rows if row.found]
     if found:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from secateur.files import human_bytes, human_count
+from secateur.report.words import perplexity_text, without_folders
 
 Get = Callable[[Mapping[str, Any]], float | None]
 Show = Callable[[float], str]
@@ -45,8 +46,10 @@ class _Figure:
 def evaluated(evaluation: Mapping[str, Any]) -> MeasureTable:
     """The table of what ``evaluate`` measured; a figure that has an error or a spread is shown with it."""
     models: Mapping[str, Mapping[str, Any]] = evaluation["models"]
-    table = MeasureTable(list(models), note=evaluation["protocol"])
-    for figure in _figures(models):
+    table = MeasureTable(list(models), note=without_folders(evaluation["protocol"], evaluation.get("text", "")))
+    dense = (evaluation.get("roles") or {"dense": "dense"})["dense"]
+    first = "dense" if table.heads[0] == dense else "the first"
+    for figure in _figures(models, first):
         _add(table, figure, list(models.values()))
     return table
 
@@ -74,14 +77,14 @@ def _add(table: MeasureTable, figure: _Figure, columns: Sequence[Mapping[str, An
     table.rows.append((figure.label, cells))
 
 
-def _figures(models: Mapping[str, Mapping[str, Any]]) -> list[_Figure]:
-    """Every figure that any of the models has.
+def _figures(models: Mapping[str, Mapping[str, Any]], first: str) -> list[_Figure]:
+    """Every figure that any of the models has; ``first`` is what the first of them is called.
 
     Perplexity stands without its standard error: all models read the same windows, so they differ far more surely than that says.
     """
     rows = [
-        _Figure("perplexity", _reader("perplexity", "value"), "{:,.2f}".format),
-        _Figure("KL to the first, nats a token", _reader("divergence", "value"), "{:.4f}".format, _reader("divergence", "standard_error")),
+        _Figure("perplexity", _reader("perplexity", "value"), perplexity_text),
+        _Figure(f"KL to {first}, nats a token", _reader("divergence", "value"), "{:.4f}".format, _reader("divergence", "standard_error")),
         _Figure("same likeliest token", _reader("divergence", "agreement"), "{:.1%}".format),
         _Figure("parameters", _reader("size", "parameters"), human_count),
         _Figure("parameters not zero", _reader("size", "nonzero_parameters"), human_count),

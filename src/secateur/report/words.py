@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from secateur.plans import Plan
 from secateur.quantities import Target
 from secateur.recipe import SPANNING, Recipe
 from secateur.report.count import Count
+
+_FOLDERS = re.compile(r"(?<![\w/:.])/(?:[^\s/]+/)+(?=[^\s/])")
+"""The folders of an absolute path in a text; an address has none."""
+
+
+def without_folders(text: str, source: str = "") -> str:
+    """``text`` with absolute paths cut to their last name, since pages and cards are published.
+
+    Args:
+        source: a path that stands in it and may hold spaces.
+    """
+    if Path(source).is_absolute():
+        text = text.replace(source, Path(source).name)
+    return _FOLDERS.sub("", text)
+
+
+def perplexity_text(value: float) -> str:
+    """``29.04``; of a ruined model, where no digit says more than the size, ``1.17e7``."""
+    return f"{value:,.2f}" if value < 1e5 else f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
 
 
 def asked(plan: Plan) -> str:
@@ -111,10 +132,10 @@ def reached(plan: Plan, before: Count, after: Count) -> str:
     for kind in plan.recipe.cut_kinds:
         there, left = before.units.get(kind, 0), after.units.get(kind, 0)
         if there:
-            parts.append(f"{there - left} of {there} {kind} units gone ({100 * (there - left) / there:.2f} %)")
+            parts.append(f"{there - left} of {there} {kind} units removed ({100 * (there - left) / there:.2f} %)")
     gone = before.parameters - after.parameters
     if gone:
-        what = "parameters gone" if gone > 0 else "parameters more, biases"
+        what = "parameters removed" if gone > 0 else "parameters more, biases"
         parts.append(f"{abs(gone):,} of {before.parameters:,} {what} ({100 * abs(gone) / before.parameters:.2f} %)")
     if plan.recipe.masks_weights:
         parts.append(

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import altair as alt
 
 from secateur.removal.spread import ScoreSpread, joined
+from secateur.report.words import perplexity_text
 
 Spec = dict[str, Any]
 """A Vega-Lite specification."""
@@ -24,11 +25,23 @@ SERIES = [STAYS, GOES, THIRD, FOURTH, "#5b8ac6", "#8a8f3c"]
 FONT = "system-ui, sans-serif"
 """Vega measures words in it before the page draws them."""
 
+FATES = ["stays", "removed"]
+"""What becomes of a unit or a weight, as the pages say it."""
+
 SHORT = ".3~s"
 """How d3 writes large numbers in few digits."""
 
+ALIKE, NARROWEST = 0.001, 0.05
+"""Costs nearer to each other than this share are called the same, and an axis of them is never narrower than that."""
+
+LABEL = 26
+"""Characters of a point's name: as many as a phone has room for."""
+
 ROW, HEADROOM = 20, 84
 """Pixels of one row of a heat map, and of its legend and axis."""
+
+LANE, LEGEND_LINE, AXIS = 18, 16, 56
+"""Pixels of one model's lane in a chart of tasks, of a line of its legend, and of its axis."""
 
 
 def _spec(chart: Any, description: str) -> Spec:
@@ -52,7 +65,7 @@ def heat_map(shares: Mapping[str, Mapping[int, Mapping[str, Any]]], blocks: int)
     """Where the model was cut: a row a kind of unit or a matrix, a column a block.
 
     Args:
-        shares: by row and block: ``share`` that left, ``gone`` and ``of``.
+        shares: by row and block: ``share`` that was removed, ``gone`` and ``of``.
     """
     height = ROW * len(shares) + HEADROOM
     rows = [
@@ -67,29 +80,29 @@ def heat_map(shares: Mapping[str, Mapping[int, Mapping[str, Any]]], blocks: int)
             x=alt.X("block:O", title="block", scale=alt.Scale(domain=list(range(blocks)), padding=0.06))
             .axis(labelAngle=0, values=ticks, ticks=False, domain=False),
             y=alt.Y("part:N", title=None, sort=list(shares), axis=alt.Axis(ticks=False, domain=False, labelLimit=160)),
-            opacity=alt.Opacity("share:Q", title="gone", scale=alt.Scale(domain=[0, most], range=[0.06, 1]))
-            .legend(format=".0%", orient="top", symbolType="square"),
+            opacity=alt.Opacity("share:Q", title="removed", scale=alt.Scale(domain=[0, most], range=[0.06, 1]))
+            .legend(format=".2~p", values=[0, most / 2, most], orient="top", symbolType="square"),
             tooltip=[
                 alt.Tooltip("block:O"),
                 alt.Tooltip("part:N", title="what"),
-                alt.Tooltip("share:Q", title="gone", format=".2%"),
+                alt.Tooltip("share:Q", title="removed", format=".2%"),
                 alt.Tooltip("gone:Q", title="count", format=","),
                 alt.Tooltip("of:Q", title="of", format=","),
             ],
         )
     )  # fmt: skip
-    return _spec(chart, "Share of every kind of unit, or of every matrix, that left each block.")
+    return _spec(chart, "Share of every kind of unit, or of every matrix, that was removed from each block.")
 
 
 def distribution(name: str, by_block: Mapping[int, ScoreSpread]) -> Spec:
-    """How the scores of one kind of unit, or of one matrix in all blocks, lie: what stays, what leaves, and the thresholds."""
+    """How the scores of one kind of unit, or of one matrix in all blocks, lie: what stays, what was removed, and the thresholds."""
     spread = joined(list(by_block.values()))
     counted = sum(spread.kept) + sum(spread.gone)
     rows = []
     for place, counts in enumerate(zip(spread.kept, spread.gone, strict=True), spread.first):
         low, high = (2 ** (edge / spread.bins_an_octave) for edge in (place, place + 1))
         base = 0.0
-        for fate, count in zip(("stays", "leaves"), counts, strict=True):
+        for fate, count in zip(FATES, counts, strict=True):
             share = count / counted
             if count:
                 rows.append({"low": low, "high": high, "from": base, "to": base + share, "fate": fate, "share": share})
@@ -121,7 +134,7 @@ def distribution(name: str, by_block: Mapping[int, ScoreSpread]) -> Spec:
         )
     return _spec(
         chart.properties(width="container", height=190, title=alt.TitleParams(name, anchor="start", fontSize=13)),
-        f"Distribution of the scores of {name}, of what stays and of what leaves.",
+        f"Distribution of the scores of {name}, of what stays and of what was removed.",
     )
 
 
@@ -175,12 +188,12 @@ def quantile(spread: ScoreSpread, share: float) -> float:
 
 
 def _fates() -> Any:
-    scale = alt.Scale(domain=["stays", "leaves"], range=[STAYS, GOES])
+    scale = alt.Scale(domain=FATES, range=[STAYS, GOES])
     return alt.Color("fate:N", scale=scale, title=None, legend=alt.Legend(orient="top", offset=0))
 
 
 def thresholds(by_block: Mapping[int, ScoreSpread]) -> list[dict[str, Any]]:
-    """The scores that part what leaves from what stays, where one does: in each block, or, if all agree, in all."""
+    """The scores that part what was removed from what stays, where one does: in each block, or, if all agree, in all."""
     found = {
         block: spread.lowest_kept
         for block, spread in by_block.items()
@@ -227,12 +240,13 @@ def task_scores(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Spe
         {**row, "low": row["value"] - (row["error"] or 0), "high": row["value"] + (row["error"] or 0)} for row in rows
     ]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    columns = 2 if max(map(len, models)) <= 16 else 1  # as many names as a phone has room for
     base = alt.Chart(_inline(given)).encode(
         y=alt.Y("task:N", title=None, sort=tasks, axis=alt.Axis(labelLimit=140, ticks=False, grid=True)),
         yOffset=alt.YOffset("model:N", sort=list(models)),
         color=alt.Color(
             "model:N", sort=list(models), scale=alt.Scale(domain=list(models), range=SERIES[: len(models)]), title=None
-        ).legend(orient="top", offset=0, columns=2, labelLimit=260),
+        ).legend(orient="top", offset=4, columns=columns, labelLimit=260),
         tooltip=[
             alt.Tooltip("task:N"),
             alt.Tooltip("model:N"),
@@ -241,46 +255,69 @@ def task_scores(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> Spe
             alt.Tooltip("error:Q", format=".4f", title="standard error"),
         ],
     )
-    scale = alt.Scale(zero=False, nice=True)
-    bars = base.mark_rule(strokeWidth=2, opacity=0.6).encode(
-        x=alt.X("low:Q", title="accuracy ± standard error", scale=scale), x2="high:Q"
+    scale = alt.Scale(zero=False, nice=True, padding=8)
+    bars = base.mark_bar(height=3, opacity=0.6).encode(
+        x=alt.X("low:Q", title="accuracy ± standard error", scale=scale, axis=alt.Axis(tickCount=6)), x2="high:Q"
     )
     points = base.mark_circle(size=70, opacity=1).encode(x=alt.X("value:Q"))
-    step = max(12, 14 * len(models))
-    return _spec((bars + points).properties(width="container", height=step * len(tasks)), "Scores of tasks, by model.")
+    # The height is that of the whole picture: what stands around the lanes is added to it.
+    height = LANE * len(models) * len(tasks) + LEGEND_LINE * math.ceil(len(models) / columns) + AXIS
+    return _spec((bars + points).properties(width="container", height=height), "Scores of tasks, by model.")
 
 
 def front(points: Sequence[tuple[float, float]]) -> set[int]:
-    """The places of those points to which no other is at least equal in both coordinates and better in one (less is better)."""
+    """The places of those points that no other beats: at least equal in both coordinates and better in one (less is better).
+
+    First coordinates within ``ALIKE`` of each other count as equal.
+    """
     return {
         place
         for place, (x, y) in enumerate(points)
-        if not any(a <= x and b <= y and (a < x or b < y) for a, b in points)
+        if not any(a <= x * (1 + ALIKE) and b <= y and (a < x * (1 - ALIKE) or b < y) for a, b in points)
     }
 
 
-def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str) -> Spec:
+def telling(names: Sequence[str]) -> list[str]:
+    """The names without the words that all of them share, cut in the middle where they are long still."""
+    words = [name.split() for name in names]
+    shared = set.intersection(*map(set, words)) if len(words) > 1 else set()
+    labels = [" ".join(word for word in own if word not in shared) or " ".join(own) for own in words]
+    return [text if len(text) <= LABEL else f"{text[: LABEL // 2]}…{text[-LABEL // 2 :]}" for text in labels]
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str, dense: float) -> Spec:
     """Cost against perplexity, a point a recipe, the front joined by a line; a point leads to its page.
 
     Args:
         rows: ``name``, ``cost``, ``perplexity`` and ``page`` (or None).
         title: what the cost is.
         shown: how d3 writes it.
+        dense: the dense model's perplexity, a line across.
     """
     on_front = front([(row["cost"], row["perplexity"]) for row in rows])
+    labels = telling([row["name"] for row in rows])
+    # Names of neighbours stand above and below in turn, so that they meet less often.
+    rank = {place: rank for rank, place in enumerate(sorted(range(len(rows)), key=lambda n: rows[n]["perplexity"]))}
     given = [
-        {**row, "front": place in on_front, "label": row["name"] if place in on_front else ""}
+        {
+            **row,
+            "front": place in on_front,
+            "label": labels[place],
+            "above": rank[place] % 2 == 0,
+            "shown": perplexity_text(row["perplexity"]),
+        }
         for place, row in enumerate(rows)
     ]
     cheapest, dearest = min(row["cost"] for row in rows), max(row["cost"] for row in rows)
     half = (cheapest + dearest) / 2
-    if shown == SHORT and dearest > cheapest:  # as many digits as tell neighbours on the axis apart
-        digits = math.ceil(math.log10(dearest / (dearest - cheapest))) + 2
-        shown = f".{min(max(digits, 3), 6)}~s"
-    least, most = min(row["perplexity"] for row in rows), max(row["perplexity"] for row in rows)
-    scale = alt.Scale(type="log", nice=False, padding=24) if most > 5 * least else alt.Scale(zero=False, padding=24)
+    reach = max(dearest - cheapest, NARROWEST * dearest) / 2
+    if shown == SHORT:  # as many digits as tell neighbours on the axis apart
+        shown = f".{max(math.ceil(math.log10(dearest / (2 * reach))) + 2, 3)}~s"
+    values = [dense, *(row["perplexity"] for row in rows)]
+    log = max(values) > 5 * min(values)
+    scale = alt.Scale(type="log", nice=False, padding=24) if log else alt.Scale(zero=False, padding=24)
     base = alt.Chart(_inline(given)).encode(
-        x=alt.X("cost:Q", title=title, scale=alt.Scale(zero=False, padding=24))
+        x=alt.X("cost:Q", title=title, scale=alt.Scale(domain=[half - reach, half + reach], nice=False, padding=24))
         .axis(format=shown, tickCount=5, labelOverlap=True, grid=False),
         y=alt.Y("perplexity:Q", scale=scale, axis=alt.Axis(tickCount=5, format=",~r", grid=False)),
     )  # fmt: skip
@@ -289,25 +326,30 @@ def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str) -> Spec:
         .mark_line(interpolate="step-after", strokeDash=[4, 3], color=STAYS, opacity=0.7)
         .encode(x="cost:Q", y=alt.Y("perplexity:Q", scale=scale))
     )
+    across = alt.Chart(_inline([{"perplexity": dense, "label": "dense"}])).encode(y=alt.Y("perplexity:Q", scale=scale))
+    yardstick = [
+        across.mark_rule(opacity=0.5),
+        across.mark_text(align="left", dx=4, dy=9, fontSize=11).encode(x=alt.value(0), text="label:N"),
+    ]
     points = base.mark_circle(size=90, opacity=0.9, cursor="pointer").encode(
         color=alt.condition("datum.front", alt.value(STAYS), alt.value(GOES)),
         href="page:N",
         tooltip=[
             alt.Tooltip("name:N", title="recipe"),
-            alt.Tooltip("perplexity:Q", format=",.2f"),
+            alt.Tooltip("shown:N", title="perplexity"),
             alt.Tooltip("cost:Q", title=title, format=shown),
         ],
     )
-    # A name stands on that side of its point where there is room for it.
-    sides: list[tuple[Literal["left", "right"], int, str]] = [
-        ("left", 8, f"datum.cost <= {half}"),
-        ("right", -8, f"datum.cost > {half}"),
-    ]
-    labels = [
-        base.transform_filter(where).mark_text(align=side, dx=dx, dy=-8, fontSize=11, limit=190).encode(text="label:N")
-        for side, dx, where in sides
-    ]
+    # A name stands on that side of its point where there is room for it; Vega complains of a layer that has no rows.
+    names = []
+    for left, above in sorted({(row["cost"] <= half, row["above"]) for row in given}):
+        side: Literal["left", "right"] = "left" if left else "right"
+        own = [row for row in given if (row["cost"] <= half, row["above"]) == (left, above)]
+        text = base.properties(data=_inline(own)).mark_text(
+            align=side, dx=8 if left else -8, dy=-9 if above else 11, fontSize=11, limit=190
+        )
+        names.append(text.encode(text="label:N"))
     return _spec(
-        alt.layer(line, points, *labels).properties(width="container", height=320),
+        alt.layer(*yardstick, line, points, *names).properties(width="container", height=320),
         f"Perplexity against {title}, by recipe.",
     )

@@ -16,12 +16,16 @@ from secateur.report.measures import Cell, MeasureTable
 from secateur.report.page import charts
 from secateur.report.page.render import render
 from secateur.report.page.run import Facts, how_chosen, plan_charts
+from secateur.report.words import perplexity_text, without_folders
 
 COSTS = {
-    "nonzero_parameters": ("parameters that are not zero", charts.SHORT),
+    "nonzero_parameters": ("parameters not zero", charts.SHORT),
     "seconds": ("seconds to plan it", ",.0f"),
 }
 """What perplexity is set against: title, and the number's form."""
+
+RUINED = 100
+"""A model with more than this many times the dense model's perplexity is praised for nothing."""
 
 
 def write_comparison_pages(comparison: Comparison) -> Path:
@@ -57,7 +61,7 @@ def _facts(comparison: Comparison, pages: Mapping[str, str]) -> Facts:
             if row.mean(cost) is not None
         ]
         if len(points) > 1:
-            pictures.append(charts.pareto(points, title, shown))
+            pictures.append(charts.pareto(points, title, shown, dense.values["perplexity"][0]))
     table = []
     for row in comparison.rows:
         marks = "".join(mark for mark, said in (("†", row.found), ("‡", row.resumed)) if said)
@@ -75,17 +79,28 @@ def _facts(comparison: Comparison, pages: Mapping[str, str]) -> Facts:
 
 
 def _verdict(dense: Row, known: list[Row]) -> list[str]:
-    parts = [f"dense perplexity {dense.values['perplexity'][0]:,.2f}"]
-    if known:
-        best = min(known, key=lambda row: row.mean("perplexity") or 0)
-        parts.append(f"{best.name} comes nearest with {best.mean('perplexity'):,.2f}")
-        fastest = min(known, key=lambda row: row.mean("seconds") or 0)
+    yardstick = dense.values["perplexity"][0]
+    parts = [f"dense perplexity {perplexity_text(yardstick)}"]
+    sound = [row for row in known if _perplexity(row) <= RUINED * yardstick]
+    if sound:
+        best = min(sound, key=_perplexity)
+        parts.append(f"{best.name} comes nearest with {perplexity_text(_perplexity(best))}")
+        fastest = min(sound, key=lambda row: row.mean("seconds") or 0)
         if fastest is not best:
             parts.append(
                 f"{fastest.name} is planned fastest ({human_seconds(fastest.mean('seconds') or 0)} beside "
-                f"{human_seconds(best.mean('seconds') or 0)}) and gives {fastest.mean('perplexity'):,.2f}"
+                f"{human_seconds(best.mean('seconds') or 0)}) and gives {perplexity_text(_perplexity(fastest))}"
             )
+    parts += [
+        f"{row.name} ruins the model (perplexity {perplexity_text(_perplexity(row))})"
+        for row in known
+        if row not in sound
+    ]
     return parts
+
+
+def _perplexity(row: Row) -> float:
+    return row.mean("perplexity") or 0
 
 
 def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any]) -> str:
@@ -98,10 +113,13 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
     old, new = (figures[when]["parameters"] for when in ("before", "after"))
     said = [f"{1 - new / old:.1%} fewer parameters ({human_count(old)} → {human_count(new)})"] if new < old else []
     said += [f"{zeros / masked:.1%} of the masked matrices' weights are zero"] if masked else []
-    said += [f"perplexity {dense.values['perplexity'][0]:,.2f} → {run['measured']['perplexity']['value']:,.2f}"]
-    left = [(f"{kind} units", gone, of) for kind, (gone, of) in plan.removed_by_kind().items()]
-    left += [("weights of masked matrices", zeros, masked)] if masked else []
-    left += [("parameters", old - new, old)] if new < old else []
+    perplexities = dense.values["perplexity"][0], run["measured"]["perplexity"]["value"]
+    said += [f"perplexity {' → '.join(map(perplexity_text, perplexities))}"]
+    removed = [(f"{kind} units", gone, of) for kind, (gone, of) in plan.removed_by_kind().items()]
+    removed += [("weights of masked matrices", zeros, masked)] if masked else []
+    removed += [("parameters", old - new, old)] if new < old else []
+    text = comparison.record["calibration"].get(str(run["seed"]))
+    cut_from = text and without_folders(text["description"])
     times = [
         ("planning", human_seconds(planned["seconds"]) + (" (without what was found made)" if row.found else "")),
         ("peak memory", human_bytes(planned["peak_memory"])),
@@ -111,14 +129,14 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
         "verdict": said,
         "measured": run["measured"],
         "tables": [_beside_dense(comparison, row)],
-        "left": left,
+        "removed": removed,
         **plan_charts(plan),
         "training": None,
         "tasks": None,
         "continuations": [],
-        "how": [("asked for", planned["record"]["asked"]), *how_chosen(plan)],
+        "how": [("asked for", planned["record"]["asked"]), *how_chosen(plan, cut_from)],
         "times": times,
-        "recipe": (place / RECIPE).read_text(encoding="utf-8"),
+        "recipe": without_folders((place / RECIPE).read_text(encoding="utf-8")),
         "load": None,
         "reproduce": f"secateur apply recipes/{folder.name} --out SMALLER   # writes the pruned model",
         "uneven": False,
@@ -130,7 +148,9 @@ def _write_recipe_page(comparison: Comparison, row: Row, run: Mapping[str, Any])
 
 
 def _beside_dense(comparison: Comparison, row: Row) -> MeasureTable:
-    table = MeasureTable(["dense", row.name], note=comparison.record["protocol"])
+    table = MeasureTable(
+        ["dense", row.name], note=without_folders(comparison.record["protocol"], comparison.record["text"])
+    )
     for figure, (head, _, _) in COLUMNS.items():
         if figure in ("seconds", "peak_memory"):
             continue

@@ -20,7 +20,7 @@ from secateur.report.measures import MeasureTable, by_task, counted, evaluated, 
 from secateur.report.page import charts
 from secateur.report.page.render import render
 from secateur.report.page.verdict import verdict, zeroed
-from secateur.report.words import notes_in_words
+from secateur.report.words import notes_in_words, without_folders
 from secateur.runfolder import RUN_FILE
 from secateur.structure import OUTSIDE
 
@@ -59,14 +59,14 @@ def run_facts(folder: Path, record: Mapping[str, Any]) -> Facts:
         "verdict": verdict(before, record["after"], measured),
         "measured": measured,
         "tables": _tables(measured, counts),
-        "left": _left(record, plan),
+        "removed": _removed(record, plan),
         **plan_charts(plan, training),
         "training": _training(training, record),
         "tasks": _tasks(measured),
         "continuations": _continuations(measured),
         "how": _how(record, plan),
         "times": _times(record),
-        "recipe": recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        "recipe": without_folders(recipe.read_text(encoding="utf-8")) if recipe.is_file() else None,
         "load": _load(record),
         "reproduce": _reproduce(record, plan),
         "uneven": record.get("uneven", False),
@@ -86,8 +86,8 @@ def _tables(measured: Mapping[str, Any], counts: Mapping[str, Mapping[str, Any]]
     return [evaluated(found)] if found else [counted(list(counts), list(counts.values()))]
 
 
-def _left(record: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, int, int]]:
-    """What left: kind, how many, of how many."""
+def _removed(record: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, int, int]]:
+    """What was removed: kind, how many, of how many."""
     rows = []
     before, after = record["before"]["units"], record["after"]["units"]
     for kind in sorted(before):
@@ -123,7 +123,7 @@ def plan_charts(plan: Plan | None, training: Mapping[str, Any] | None = None) ->
 
 
 def shares_of(plan: Plan) -> tuple[dict[str, dict[int, dict[str, Any]]], int]:
-    """By kind of unit, and by matrix, what left every block; and how many blocks there are to show."""
+    """By kind of unit, and by matrix, what was removed from every block; and how many blocks there are to show."""
     shares: dict[str, dict[int, dict[str, Any]]] = {}
     blocks = 1 + max((entry.block for entry in plan.blocks), default=0)
     for entry in plan.blocks:
@@ -175,7 +175,7 @@ def _training(training: Mapping[str, Any] | None, record: Mapping[str, Any]) -> 
     data = record["data"]
     lines = [
         f"{training['method']}, {len(training['losses'])} steps of {training['batch_size']} windows, {training['tokens']:,} tokens",
-        f"on {data['windows']} windows of {data['window_length']} tokens: {data['description']}",
+        f"on {data['windows']} windows of {data['window_length']} tokens: {without_folders(data['description'], data['source'])}",
     ]
     if training["held_out_before"] is not None and training["held_out_after"] is not None:
         lines.append(
@@ -193,7 +193,7 @@ def _tasks(measured: Mapping[str, Any]) -> Facts | None:
         return None
     rows = task_rows(tasks)
     chart = charts.task_scores(rows, list(tasks["models"])) if rows else None
-    return {"rows": rows, "means": task_means(tasks), "chart": chart, "protocol": tasks["protocol"], "models": list(tasks["models"]), "table": by_task(rows)}  # fmt: skip
+    return {"rows": rows, "means": task_means(tasks), "chart": chart, "protocol": without_folders(tasks["protocol"]), "models": list(tasks["models"]), "table": by_task(rows)}  # fmt: skip
 
 
 def _continuations(measured: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
@@ -211,14 +211,18 @@ def _how(record: Mapping[str, Any], plan: Plan | None) -> list[tuple[str, str]]:
         rows += how_chosen(plan)
     rows += [("noted", line) for line in notes_in_words(record.get("notes", {}))]
     model = record["model"]
-    rows.append(("the model it came from", model.get("hub_id") or model["spec"]))
+    rows.append(("the model it came from", model.get("hub_id") or without_folders(model["spec"], model["spec"])))
     if "logits_difference" in record:
         rows.append(("loaded in a fresh process", f"logits differ by at most {record['logits_difference']:.1g}"))
     return rows
 
 
-def how_chosen(plan: Plan) -> list[tuple[str, str]]:
-    """The recipe's parts in words."""
+def how_chosen(plan: Plan, cut_from: str | None = None) -> list[tuple[str, str]]:
+    """The recipe's parts in words.
+
+    Args:
+        cut_from: how the windows were made, where the plan knows only a file of them.
+    """
     recipe, text = plan.recipe, plan.calibration
     parts = {
         "criterion": recipe.criterion,
@@ -226,7 +230,10 @@ def how_chosen(plan: Plan) -> list[tuple[str, str]]:
         "removal": recipe.removal,
         "reconstruct": recipe.reconstruct,
     }
-    where = f"{text.windows} windows of {text.window_length} tokens, {text.description}" if text else "none was needed"
+    where = "none was needed"
+    if text:
+        described = cut_from or without_folders(text.description, text.source)
+        where = f"{text.windows} windows of {text.window_length} tokens, {described}"
     return [*((name, str(value)) for name, value in parts.items() if value), ("calibration", where)]
 
 
@@ -261,11 +268,13 @@ def _recover_command(record: Mapping[str, Any]) -> str:
     """The command that made a recovered folder, as far as its record says."""
     from secateur.recovery import RecoverySettings
 
-    identity = record.get("identity") or {}
+    identity, recovered_from = record.get("identity") or {}, record["model"]["recovered_from"]
     source, _, windows, length = identity.get("data") or [record["data"]["source"], None, None, None]
-    given = {"data": source, "windows": windows, "window-length": length}
+    given = {"data": without_folders(source, source), "windows": windows, "window-length": length}
     default = RecoverySettings().model_dump(mode="json")
     changed = {name: value for name, value in (identity.get("settings") or {}).items() if value != default.get(name)}
     given |= {name.replace("_", "-"): value for name, value in changed.items()}
     flags = [f"--{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
-    return " ".join(["secateur recover", shlex.quote(record["model"]["recovered_from"]), "--out AGAIN", *flags])
+    return " ".join(
+        ["secateur recover", shlex.quote(without_folders(recovered_from, recovered_from)), "--out AGAIN", *flags]
+    )

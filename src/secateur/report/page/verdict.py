@@ -8,9 +8,7 @@ from typing import Any
 from secateur.files import human_count
 from secateur.report.measured import PERPLEXITY, TASKS
 from secateur.report.measures import TASK_METRICS
-
-ALIKE = 0.03
-"""Speeds nearer to each other than this are called the same."""
+from secateur.report.words import perplexity_text
 
 
 def verdict(before: Mapping[str, Any], after: Mapping[str, Any], measured: Mapping[str, Any]) -> list[str]:
@@ -24,12 +22,13 @@ def verdict(before: Mapping[str, Any], after: Mapping[str, Any], measured: Mappi
     dense, own = _pair(measured.get(PERPLEXITY))
     if dense and own:
         parts += _faster(dense, own)
-        parts.append(f"perplexity {dense['perplexity']['value']:,.2f} → {own['perplexity']['value']:,.2f}")
+        perplexities = (perplexity_text(one["perplexity"]["value"]) for one in (dense, own))
+        parts.append(f"perplexity {' → '.join(perplexities)}")
     elif own:
-        parts.append(f"perplexity {own['perplexity']['value']:,.2f}")
+        parts.append(f"perplexity {perplexity_text(own['perplexity']['value'])}")
     dense, own = _pair(measured.get(TASKS))
     if dense and own:
-        parts += _kept(dense["means"], own["means"])
+        parts += _kept(dense["means"], own["means"], measured[TASKS].get("questions") or {})
     return [part for part in parts if part]
 
 
@@ -44,11 +43,25 @@ def _pair(found: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | None, Ma
     return found["models"].get(roles["dense"]), found["models"].get(roles["own"])
 
 
-def _kept(dense: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+def _kept(dense: Mapping[str, Any], own: Mapping[str, Any], questions: Mapping[str, int]) -> list[str]:
     metric = next((name for name in TASK_METRICS if name in dense and name in own), None)
     if metric is None or not dense[metric]["value"]:
         return []
-    return [f"{own[metric]['value'] / dense[metric]['value']:.1%} of the dense model's task scores kept"]
+    kept = f"{own[metric]['value'] / dense[metric]['value']:.1%} of the dense model's task scores kept"
+    beside = f"{_with_error(own[metric])} beside {_with_error(dense[metric])}"
+    asked = (
+        f", {_counted(sum(questions.values()), 'question')} in {_counted(len(questions), 'task')}" if questions else ""
+    )
+    return [f"{kept} ({beside}{asked})"]
+
+
+def _with_error(score: Mapping[str, Any]) -> str:
+    error = score.get("standard_error")
+    return f"{score['value']:.3f}" + ("" if error is None else f" ±\u00a0{error:.3f}")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def zeroed(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
@@ -75,7 +88,9 @@ def _faster(dense: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
     if not names:
         return []
     name = names[0]
-    ratio = timed[name]["latency"] / own["speed"][name]["latency"]
-    if abs(ratio - 1) < ALIKE:
-        return [f"{name}: as fast as before"]
-    return [f"{name}: {ratio:.2f} × as fast"]
+    before, after = timed[name], own["speed"][name]
+    # A difference that either measurement's spread could make is no news.
+    spread = sum(one.get("latency_spread") or 0 for one in (before, after))
+    if abs(before["latency"] - after["latency"]) <= spread:
+        return [f"{name}: as fast as the dense model within the spread of the measurement"]
+    return [f"{name}: {before['latency'] / after['latency']:.2f} × as fast"]
