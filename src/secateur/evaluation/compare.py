@@ -233,8 +233,8 @@ def _rows(figures: ModelFigures, with_error: bool) -> dict[str, tuple[float, str
     if figures.divergence:
         error = figures.divergence.standard_error
         spread = "" if error is None or not with_error else f" ± {error:.4f}"
-        rows["KL to first"] = figures.divergence.value, f"{figures.divergence.value:.4f}{spread}"
-        rows["same token"] = figures.divergence.agreement, f"{figures.divergence.agreement:.1%}"
+        rows["KL to the first"] = figures.divergence.value, f"{figures.divergence.value:.4f}{spread}"
+        rows["same likeliest token"] = figures.divergence.agreement, f"{figures.divergence.agreement:.1%}"
     for what, timed in (speed or {}).items():
         rows[what] = timed.latency, _milliseconds(timed.latency, timed.latency_spread if with_error else None)
     for what, timed in (speed or {}).items():
