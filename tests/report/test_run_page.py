@@ -16,7 +16,7 @@ from secateur.comparison.result import Row
 from secateur.plans import load_plan
 from secateur.report.measured import MEASURED, PERPLEXITY, TASKS, note_measured, read_measured
 from secateur.report.page import PAGE, write_run_page
-from secateur.report.page.charts import LANE, SHORT, front, heat_map, pareto, task_scores, telling
+from secateur.report.page.charts import LANE, SHORT, front, heat_map, pareto, task_scores, telling, turned_away
 from secateur.report.page.comparison import _verdict
 from secateur.report.page.run import run_facts, shares_of
 from secateur.report.page.verdict import verdict
@@ -339,3 +339,10 @@ def test_sizes_close_to_each_other_are_told_apart_on_the_axis():
 
     assert axis(50e6, 100e6) == ".3~s"
     assert axis(118.25e6, 118.36e6) == axis(118e6, 118e6) == ".4~s"
+
+
+def test_a_name_stands_where_the_next_point_is_farther():
+    """238, 79.3 and 73.3, 58.7 and 57.2: neighbours turn away from each other."""
+    assert turned_away([79.3, 73.3, 238.0, 58.7, 57.2]) == [True, False, True, True, False]
+    assert turned_away([5.0]) == [True]
+    assert turned_away([5.0, 5.0]) == [False, True]

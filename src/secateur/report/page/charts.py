@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import altair as alt
@@ -34,8 +35,8 @@ SHORT = ".3~s"
 ALIKE, NARROWEST = 0.001, 0.05
 """Costs nearer to each other than this share are called the same, and an axis of them is never narrower than that."""
 
-LABEL = 26
-"""Characters of a point's name: as many as a phone has room for."""
+LABEL = 32
+"""Characters of a point's name: as many as a phone has room for, tightly."""
 
 ROW, HEADROOM = 20, 84
 """Pixels of one row of a heat map, and of its legend and axis."""
@@ -285,6 +286,14 @@ def telling(names: Sequence[str]) -> list[str]:
     return [text if len(text) <= LABEL else f"{text[: LABEL // 2]}…{text[-LABEL // 2 :]}" for text in labels]
 
 
+def turned_away(heights: Sequence[float]) -> list[bool]:
+    """Whether each name stands above its point: on the side where the next point, higher or lower, is farther."""
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    gaps = [math.inf, *(math.log(heights[b] / heights[a]) for a, b in pairwise(order)), math.inf]
+    above = {place: gaps[rank + 1] >= gaps[rank] for rank, place in enumerate(order)}
+    return [above[place] for place in range(len(heights))]
+
+
 def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str, dense: float) -> Spec:
     """Cost against perplexity, a point a recipe, the front joined by a line; a point leads to its page.
 
@@ -296,14 +305,13 @@ def pareto(rows: Sequence[Mapping[str, Any]], title: str, shown: str, dense: flo
     """
     on_front = front([(row["cost"], row["perplexity"]) for row in rows])
     labels = telling([row["name"] for row in rows])
-    # Names of neighbours stand above and below in turn, so that they meet less often.
-    rank = {place: rank for rank, place in enumerate(sorted(range(len(rows)), key=lambda n: rows[n]["perplexity"]))}
+    above = turned_away([row["perplexity"] for row in rows])
     given = [
         {
             **row,
             "front": place in on_front,
             "label": labels[place],
-            "above": rank[place] % 2 == 0,
+            "above": above[place],
             "shown": perplexity_text(row["perplexity"]),
         }
         for place, row in enumerate(rows)
