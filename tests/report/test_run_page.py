@@ -16,7 +16,7 @@ from secateur.comparison.result import Row
 from secateur.plans import load_plan
 from secateur.report.measured import MEASURED, PERPLEXITY, TASKS, note_measured, read_measured
 from secateur.report.page import PAGE, write_run_page
-from secateur.report.page.charts import LANE, SHORT, front, heat_map, pareto, task_scores, telling, turned_away
+from secateur.report.page.charts import LABEL, LANE, SHORT, front, heat_map, pareto, task_scores, telling, turned_away
 from secateur.report.page.comparison import _verdict
 from secateur.report.page.run import run_facts, shares_of
 from secateur.report.page.verdict import verdict
@@ -304,7 +304,7 @@ def test_labels_keep_what_tells_recipes_apart():
     assert telling(["wanda unit=2:4"]) == ["wanda unit=2:4"]
     long = telling([f"taylor {'a' * 40} seed={seed}" for seed in (1, 2)] + ["b " * 30])
     assert len(set(long)) == 3
-    assert max(map(len, long)) <= 27
+    assert max(map(len, long)) <= LABEL + 1
 
 
 def test_a_ruined_model_is_not_praised():
