@@ -15,17 +15,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import large
 import torch
 from common import RESULTS, Results, fresh
-from large_model import LAYERS, make_large_model
+from large_model import LAYERS, VOCABULARY, make_large_model
 from safetensors.torch import save_file
 
 PLAIN = {"plain forward": False, "plain forward and backward": True}
-METHODS: dict[str, dict[str, Any]] = {
-    "wanda, weights 50 %": {"criterion": "wanda", "unit": "weight", "ratio": 0.5},
-    "taylor, channels 20 % (exact gradients)": {"criterion": "taylor", "unit": "channel", "ratio": 0.2},
+METHODS: dict[str, dict[str, Any]] = dict(large.METHODS.values()) | {
     "sparsegpt, weights 50 %": {"criterion": "sparsegpt", "unit": "weight", "ratio": 0.5},
-    "gblm, weights 50 % (exact gradients)": {"criterion": "gblm", "unit": "weight", "ratio": 0.5},
     "alps, weights 50 %": {
         "criterion": "sparsegpt",
         "unit": "weight",
@@ -34,7 +32,6 @@ METHODS: dict[str, dict[str, Any]] = {
         "removal": "alps",
     },
 }
-VOCABULARY = 32000
 
 PASSES = """
 import torch

@@ -293,7 +293,7 @@ def test_the_folders_of_this_machine_are_not_published(cut, windows_file):
         assert str(windows_file.parent) not in text
     assert without_folders("on /a b/c.txt: all", "/a b/c.txt") == "on c.txt: all"
     kept = "from https://pypi.org/project/x, wikitext/raw and 3 / 4; ../text"
-    assert without_folders(f"{kept} and /home/me/tasks; no") == f"{kept} and tasks; no"
+    assert without_folders(f"{kept} and /some/where/tasks; no") == f"{kept} and tasks; no"
 
 
 def test_labels_keep_what_tells_recipes_apart():

@@ -76,8 +76,9 @@ def count_checkpoint(
     inside: set[str] = set()
     valid = None if n_of_m is None else True
     for index in track(range(len(skeleton.blocks)), "Counting what was written"):
-        inside |= {skeleton.block_prefix(index) + matrix.parameter for matrix in _prunable(checkpoint, index)}
-        for weight_OI in _matrices(checkpoint, index):
+        matrices = _prunable(checkpoint, index)
+        inside |= {skeleton.block_prefix(index) + matrix.parameter for matrix in matrices}
+        for weight_OI in _weights(checkpoint, index, matrices):
             prunable += weight_OI.numel()
             zeros += weight_OI.numel() - int(weight_OI.count_nonzero())
             if n_of_m is not None and (blocks is None or kept[index] in blocks):
@@ -99,15 +100,15 @@ def _nonzero(checkpoint: Checkpoint, inside: set[str]) -> int:
     return sum(int(checkpoint.read([name])[name].count_nonzero()) for name in names)
 
 
-def _matrices(checkpoint: Checkpoint, index: int) -> Iterator[torch.Tensor]:
-    """The prunable matrices ``(O, I)`` of one block; one parameter in memory at a time."""
+def _weights(checkpoint: Checkpoint, index: int, matrices: list[BlockMatrix]) -> Iterator[torch.Tensor]:
+    """The weights ``(O, I)`` of ``matrices`` of one block; one parameter in memory at a time."""
     by_parameter: dict[str, list[BlockMatrix]] = {}
-    for matrix in _prunable(checkpoint, index):
+    for matrix in matrices:
         by_parameter.setdefault(matrix.parameter, []).append(matrix)
     prefix = checkpoint.skeleton.block_prefix(index)
-    for parameter, matrices in by_parameter.items():
+    for parameter, views in by_parameter.items():
         tensors = {parameter: checkpoint.read([prefix + parameter])[prefix + parameter]}
-        for matrix in matrices:
+        for matrix in views:
             yield matrix.of(tensors)
 
 
