@@ -206,10 +206,10 @@ def table(results: Results) -> str:
             first = next((e for e in found if e is not None and e["failed"] is None and e["seconds"] is not None), None)
             cost = ["", ""]
             if first is not None:
-                cost = [f"{first['seconds'] / first['forward']:.1f}", f"{first['peak_memory'] / 2**20:,.0f} MiB"]
+                cost = [f"{_forwards(first):.1f}", f"{first['peak_memory'] / 2**20:,.0f} MiB"]
             lines.append(f"| {method} | {' | '.join([*cells, *cost])} |")
         lines.append("")
-    return "\n".join([*lines, *_lead(results), ""])
+    return "\n".join([*lines, *_lead(results), *_cost(results), ""])
 
 
 def _lead(results: Results) -> list[str]:
@@ -230,6 +230,21 @@ def _lead(results: Results) -> list[str]:
             f"{100 * share:.0f} % of the way from there to dense"
         )
     return lines
+
+
+def _cost(results: Results) -> list[str]:
+    """What ``--preset best`` of weights takes beside SparseGPT: at most eight times as long is allowed."""
+    best, plain = (results.get(f"{TIMED[0]}: {method}") for method in (BEST, "sparsegpt"))
+    if best is None or plain is None:
+        return []
+    times = _forwards(best) / _forwards(plain)
+    return [
+        f"* {TIMED[0]}: {BEST} plans for {_forwards(best):.1f} forwards, sparsegpt for {_forwards(plain):.1f}: {times:.1f} times"
+    ]
+
+
+def _forwards(entry: dict) -> float:
+    return entry["seconds"] / entry["forward"]
 
 
 def _cell(entry: dict | None, asked: bool) -> str:

@@ -43,6 +43,9 @@ SHARE_OF_FREE = 0.85
 SCORING = 5
 """A score and what its making, choosing and masking hold beside it, in sizes of the largest matrix in float32."""
 
+PRODUCT = 512
+"""Rows and columns of the matrices whose product says how long an operation takes."""
+
 SLACK = 1.1
 
 
@@ -92,13 +95,15 @@ class Estimate:
 class _Probe:
     """What one block took: seconds to read it, to run a micro-batch forward, and forward and back; bytes beside its weights.
 
-    ``scored`` is in seconds a weight; ``graph`` in bytes that a micro-batch's graph keeps.
+    ``scored`` is in seconds a weight, ``operation`` in seconds of one in a matrix product; ``graph`` in bytes that a
+    micro-batch's graph keeps.
     """
 
     read: float = 0.0
     forward: float = 0.0
     both: float = 0.0
     scored: float = 0.0
+    operation: float = 0.0
     graph: int = 0
     peak: int = 0
 
@@ -239,6 +244,12 @@ class Preflight:
         assert self.policy is not None
         return min(1.0, self.policy.options.windows / self.windows[0])
 
+    def _operations(self) -> float:
+        """Of the removal, in all blocks, where single weights leave."""
+        if not self.recipe.masks_weights:
+            return 0.0
+        return len(self.blocks) * sum(self.removal.operations(*shape) for shape in self._matrices())
+
     def _seconds_of_policy(self, probe: _Probe) -> float:
         """Of the walk that an allocation takes beforehand; a spectrum takes about what reading a block does."""
         count, forward = len(self.blocks), -(-self.windows[0] // self.micro_batch) * probe.forward
@@ -288,7 +299,9 @@ class Preflight:
             seconds += count * (own + forward + probe.read)
         elif not gradients or self.recipe.gradient != "exact":
             seconds += count * (own + probe.read)
-        seconds += self._weights() * probe.scored + self._seconds_of_policy(probe)
+        seconds += (
+            self._weights() * probe.scored + self._seconds_of_policy(probe) + self._operations() * probe.operation
+        )
         written = 3 * count * probe.read if self.writes else 0.0  # read, written, read again to be checked
         return seconds + written
 
@@ -338,6 +351,8 @@ class Preflight:
         weights = run.smallest() if not isinstance(self.recipe.parsed_criterion(), BlockCriterion) else 0
         if weights:
             probe.scored = self._seconds_of(run.score) / weights
+        if self._operations():
+            probe.operation = self._seconds_of(run.product) / (2 * PRODUCT**3)
 
     def _seconds_of(self, work: Callable[[], None]) -> float:
         started = time.perf_counter()
@@ -390,6 +405,11 @@ class _Run:
         for _, score_OI in scorer.of_weights([name]):
             if self._recipe.masks_weights:
                 row_mask(score_OI, 0.5)
+
+    def product(self) -> None:
+        """Multiply two square matrices where the block lies."""
+        square_II = torch.ones(PRODUCT, PRODUCT, device=next(self._block.parameters()).device)
+        square_II @ square_II
 
     def _sizes(self) -> dict[str, torch.Tensor]:
         parameters = dict(self._block.named_parameters())

@@ -22,7 +22,11 @@ INSIDE = ("head", "query", "expert", "channel")
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_units_are_found_proved_cut_and_loaded(
-    name: str, save: Callable[..., Path], tmp_path: Path, record_property: Callable[[str, Any], None]
+    name: str,
+    save: Callable[..., Path],
+    tmp_path: Path,
+    record_property: Callable[[str, Any], None],
+    request: pytest.FixtureRequest,
 ) -> None:
     family = FAMILIES[name]
     skeleton = build_skeleton(family.make_config())
@@ -38,8 +42,8 @@ def test_units_are_found_proved_cut_and_loaded(
     folder = save(family.make_model())
     inside = ",".join(kind for kind in INSIDE if kind in kinds)
     runs = {
-        "uniform": dict(unit=inside, ratio=0.34),
         "uneven": dict(unit="head,channel" if "head" in kinds else "channel", ratio=0.3, allocation="global"),
+        "uniform": dict(unit=inside, ratio=0.34),
         "whole": dict(unit="hidden,block", ratio=0.34),
     }
     written = {}
@@ -50,6 +54,7 @@ def test_units_are_found_proved_cut_and_loaded(
         assert result.record["after"]["parameters"] < result.record["before"]["parameters"]
         written[run] = _written_as(out)
         _check_loaded(out, folder)
+        request.getfixturevalue("same_process")  # a fresh one for the first is enough: a start takes seconds
     record_property("family", _row(name, skeleton, structure, proofs, written))
 
 

@@ -182,3 +182,22 @@ def test_an_allocation_that_is_measured_is_counted(tmp_path, save, windows_file)
     plain, measured = estimate("uniform"), estimate("sensitivity:windows=4")
     assert measured.scratch + measured.kept > plain.scratch + plain.kept
     assert measured.seconds > plain.seconds
+
+
+def test_a_removals_own_time_is_counted(llama_folder, windows_file, tmp_path, monkeypatch):
+    """What it is asked to do, in operations as long as those of a product, which is timed."""
+    probe = Preflight._probe
+
+    def slow(self, micro_batch):
+        found = probe(self, micro_batch)
+        assert (found.operation > 0) == (self.removal.operations(8, 8) > 0)
+        found.read = found.forward = found.both = found.scored = 0.0
+        found.operation = min(found.operation, 1.0)
+        return found
+
+    monkeypatch.setattr(Preflight, "_probe", slow)
+    seconds = []
+    for removal in ("mask", "sparsegpt", "alps:steps=12,fit_steps=4", "alps:steps=24,fit_steps=8"):
+        fields = {"criterion": "sparsegpt", "unit": "weight", "ratio": 0.5, "removal": removal}
+        seconds.append(planner(llama_folder, windows_file, tmp_path, **fields).estimate(None).seconds)
+    assert seconds[0] == 0 < seconds[1] < seconds[2] < seconds[3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -60,13 +61,20 @@ def automatic_class(config: Any) -> str:
     if remote:
         return remote
     architecture = config.architectures[0]
-    names = ["AutoModelForCausalLM", *(name for name in dir(transformers) if name.startswith("AutoModelFor"))]
-    for name in names:
+    for name in ("AutoModelForCausalLM", *_loader_names()):
         mapping = getattr(getattr(transformers, name), "_model_mapping", None)
         found = mapping[type(config)] if mapping is not None and type(config) in mapping else ()
         if architecture in [kind.__name__ for kind in (found if isinstance(found, tuple) else (found,))]:
             return name
     return "AutoModel"
+
+
+@functools.cache
+def _loader_names() -> list[str]:
+    """The ``AutoModel`` classes for some task; to list what transformers has takes it a third of a second."""
+    import transformers
+
+    return [name for name in dir(transformers) if name.startswith("AutoModelFor")]
 
 
 @dataclass(frozen=True)

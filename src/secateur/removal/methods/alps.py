@@ -11,6 +11,9 @@ from secateur.removal.methods.base import Removed, Task
 from secateur.removal.methods.updating import Updating, UpdatingOptions
 from secateur.statistics import InputSecondMoment
 
+SPECTRUM = 12
+"""Operations of a symmetric matrix's spectrum, in cubes of its size, by the time that it takes beside a product."""
+
 
 class ALPSOptions(UpdatingOptions):
     rho: float = Field(default=0.1, ge=1e-6, le=1e6)  # beside ones on the diagonal; far off float32 ends
@@ -54,3 +57,9 @@ class ALPS(Updating):
         return 4 * (
             5 * inputs * inputs + 8 * outputs * inputs
         )  # spectrum, inverse; the two matrices, dual, right-hand side
+
+    def operations(self, outputs: int, inputs: int) -> float:
+        # A product a step, and two fits with their errors; the spectrum, and an inverse where the penalty changes.
+        products = self.options.steps + 2 * (self.options.fit_steps + 2)
+        inverses = self.options.steps // AlpsOptions.check_every + 1
+        return 2.0 * products * outputs * inputs**2 + (SPECTRUM + 2.0 * inverses) * inputs**3
