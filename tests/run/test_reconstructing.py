@@ -13,6 +13,7 @@ from secateur.checkpoint.reader import open_checkpoint
 from secateur.errors import RecipeError
 from secateur.plans import load_plan
 from secateur.recipe import Recipe, recipe_from
+from secateur.reconstruction import blockwise
 from secateur.reconstruction.errors import SMALLEST_SHARE, ByChannel
 from secateur.report.words import notes_in_words
 
@@ -149,6 +150,33 @@ def test_nothing_to_fit_or_no_gain_leaves_the_removals_numbers(llama, windows, t
     for name, numbers_OI in wild.numbers(1).items():
         matrix = checkpoint.skeleton.prunable(1)[name]
         assert torch.equal(numbers_OI, matrix.of(dense).masked_fill(~masks[name], 0))
+
+
+def test_part_of_the_way_is_taken_where_all_of_it_goes_too_far(llama, windows, tmp_path, monkeypatch):
+    """A fit that overshoots: the weights of the first block lie on the line from the removal's to the last epoch's."""
+
+    def take(best):
+        best.weights = best._fitted.copy()  # whatever its error is
+        return 0.0
+
+    fields = {"criterion": "wanda", "unit": "weight", "calibration": windows, "blocks": "0:1"}
+    found = {}
+    for name, shares, method in (
+        ("start", (), "block:epochs=0"),
+        ("end", (), "block:rate=0.1,epochs=1,held_out=0.25"),
+        ("part", blockwise.SHARES, "block:rate=0.1,epochs=1,held_out=0.25"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(blockwise, "SHARES", shares)
+            if name == "end":
+                patched.setattr(blockwise._Best, "look", take)
+            secateur.plan(str(llama), out=tmp_path / name, reconstruct=method, **fields)
+        found[name] = load_plan(tmp_path / name)
+    before, after = errors_of(found["part"])[0]
+    assert after < before
+    start, end, part = (found[name].numbers(0) for name in ("start", "end", "part"))
+    moved = {name: (part[name] - start[name]).norm() / (end[name] - start[name]).norm() for name in start}
+    assert {round(float(share), 3) for share in moved.values()} <= set(blockwise.SHARES)
 
 
 def test_one_window_is_fitted_and_judged_on_itself(llama, tmp_path):
