@@ -17,6 +17,8 @@ from secateur.reconstruction import blockwise
 from secateur.reconstruction.errors import SMALLEST_SHARE, ByChannel
 from secateur.report.words import notes_in_words
 
+pytestmark = pytest.mark.usefixtures("same_process")
+
 MODELS = {
     "llama": lambda: tiny_llama(),
     "kept transposed": lambda: tiny("gpt2"),

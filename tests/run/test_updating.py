@@ -18,6 +18,8 @@ from secateur.plans import PLAN_FILE, load_plan, numbers_beside
 from secateur.realise import Realisation
 from secateur.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("same_process")
+
 MODELS = {
     "llama": lambda: tiny_llama(),
     "kept transposed": lambda: tiny("gpt2"),
