@@ -15,28 +15,29 @@ import importlib.util
 import itertools
 from pathlib import Path
 
-from common import RESULTS, ROOT, Results, fresh
+from common import RESULTS, ROOT, Results, fresh, lead
 
 DEFAULT_DATA = ROOT.parent / "shared" / "data"
 MODELS = ("SmolLM2-135M", "Gemma 3 270M")
+BEST = "preset best"
 TEXTS = {"PTB": "text/ptb-valid.txt", "novels": "text/bookcorpus-like.txt"}
 RECIPES: dict[str, dict[str, str]] = {
     "weights 50 %": {
         "wanda": "wanda unit=weight",
         "preset balanced (sparsegpt)": "preset=balanced unit=weight",
         "alps": "sparsegpt unit=weight within=row removal=alps",
-        "preset best": "preset=best unit=weight",
+        BEST: "preset=best unit=weight",
     },
     "2:4": {
         "wanda": "wanda unit=2:4",
         "preset balanced (sparsegpt)": "preset=balanced unit=2:4",
         "alps": "sparsegpt unit=2:4 removal=alps",
-        "preset best": "preset=best unit=2:4",
+        BEST: "preset=best unit=2:4",
     },
     "channels 20 %": {
         "taylor, global": "taylor unit=channel allocation=global ratio=0.2",
         "preset balanced": "preset=balanced unit=channel ratio=0.2",
-        "preset best": "preset=best unit=channel ratio=0.2",
+        BEST: "preset=best unit=channel ratio=0.2",
     },
 }
 
@@ -96,7 +97,19 @@ def table(results: Results) -> str:
     lines += ["|---" * (len(columns) + 1) + "|", _row(results, "dense", "dense")]
     for group, recipes in RECIPES.items():
         lines += [_row(results, f"{group}, {name}", word) for name, word in recipes.items()]
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, "", *_leads(results), ""])
+
+
+def _leads(results: Results) -> list[str]:
+    lines = []
+    for model, text in itertools.product(MODELS, TEXTS):
+        for group, recipes in RECIPES.items():
+            found = {name: results.get(_key(model, text, word)) for name, word in recipes.items()}
+            known = {name: entry["perplexity"] for name, entry in found.items() if entry and entry["perplexity"]}
+            best, dense = known.pop(BEST, None), results.get(_key(model, text, "dense"))
+            if best is not None and known and dense is not None:
+                lines.append(lead(f"{model}, {text}, {group}", best, known, dense["perplexity"]))
+    return lines
 
 
 def _row(results: Results, name: str, word: str) -> str:

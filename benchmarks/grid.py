@@ -16,7 +16,7 @@ import shutil
 import time
 from pathlib import Path
 
-from common import DEFAULT_REFERENCE, RESULTS, ROOT, Results, fresh
+from common import DEFAULT_REFERENCE, RESULTS, ROOT, Results, fresh, lead
 
 BEST = "preset best"
 
@@ -223,12 +223,7 @@ def _lead(results: Results) -> list[str]:
         others = {method: value for method, value in known.items() if "reconstruct=block" not in methods[method]}
         if dense is None or best is None or not others:
             continue
-        next_best = min(others, key=others.__getitem__)
-        share = (others[next_best] - best) / (others[next_best] - dense["perplexity"])
-        lines.append(
-            f"* {column}: {BEST} {best:.2f}, next best of {len(others)} others {next_best} {others[next_best]:.2f}; "
-            f"{100 * share:.0f} % of the way from there to dense"
-        )
+        lines.append(lead(column, best, others, dense["perplexity"]))
     return lines
 
 
