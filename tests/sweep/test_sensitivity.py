@@ -14,10 +14,12 @@ from secateur.allocation.sensitivity import Sensitivity, SensitivityOptions
 from secateur.checkpoint import reader
 from secateur.checkpoint.reader import open_checkpoint
 from secateur.errors import CalibrationError, ModelError
+from secateur.memory import peak_of
 from secateur.spreading import allocation_figures
 from secateur.statistics import InputNorm
 from secateur.sweep import SweepSettings, backward, sensitivity
-from secateur.sweep.sensitivity import SensitivityWalk
+from secateur.sweep.backward import LOGITS
+from secateur.sweep.sensitivity import SensitivityWalk, window_changes
 
 
 @torch.no_grad()
@@ -227,3 +229,18 @@ def test_what_is_kept_depends_on_all_that_it_is_made_of_and_on_nothing_else(llam
     assert kept(Sensitivity(SensitivityOptions(spread=0.1, metric="divergence", windows=7))) == 8
     assert kept(Sensitivity(), ratio=0.2) == 9
     assert kept(Sensitivity(SensitivityOptions(windows=3))) == 10
+
+
+def test_comparing_two_ways_takes_no_more_than_the_forecast_counts():
+    """The peak is forecast with four times the logits that may exist at once."""
+    vocabulary, generator = 49_152, torch.Generator().manual_seed(0)
+    table_DV = torch.randn(8, vocabulary, generator=generator)
+    ids_T = torch.randint(0, vocabulary, (1024,), generator=generator)
+    hidden_WTD = [torch.randn(1024, 8, generator=generator) for _ in range(2)]
+
+    def changes(tokens: int) -> torch.Tensor:
+        given = [hidden_TD[:tokens] for hidden_TD in hidden_WTD]
+        return window_changes(lambda inputs, hidden_BTD: hidden_BTD @ table_DV, ids_T[:tokens], given, vocabulary)
+
+    changes(64)  # what libraries take once
+    assert peak_of(lambda: changes(1024)) < 4 * LOGITS

@@ -150,6 +150,10 @@ class SensitivityWalk(Walk):
         return {index: Change(*mean_S.tolist()) for index, mean_S in zip(blocks, means_WS[1:], strict=True)}
 
 
+COPIES = 4
+"""As many logits of a piece exist at once as ``LOGITS`` allows for, and more: their logarithms are doubles, and two ways' are compared."""
+
+
 def window_changes(
     logits: Logits, ids_T: torch.Tensor, hidden_WTD: list[torch.Tensor], vocabulary: int
 ) -> torch.Tensor:
@@ -157,7 +161,7 @@ def window_changes(
 
     The logits of a few tokens of one way exist at once, and those of the first beside them.
     """
-    each = tokens_at_once(vocabulary)
+    each = tokens_at_once(COPIES * vocabulary)
     sums_WS = torch.zeros(len(hidden_WTD), 2, dtype=torch.float64)
     for start in range(0, len(ids_T) - 1, each):
         piece = slice(start, start + each)
