@@ -203,10 +203,11 @@ class Preflight:
         return self._block() + self._statistics() + max(SCORING * 4 * largest, removing) + numbers
 
     def _fitting(self, probe: _Probe) -> int:
-        """Bytes while a block is fitted: beside it float32 copies, gradients, two moments, the best so far, and a graph."""
+        """Bytes while a block is fitted: beside it, in float32, the weights, their gradients or one more copy to judge, two
+        moments, what it began and ended with and the best so far; and a graph."""
         if self.reconstruction is None:
             return 0
-        return 2 * self._block() + 5 * 4 * sum(map(math.prod, self._matrices())) + probe.graph + probe.peak
+        return 2 * self._block() + 7 * 4 * sum(map(math.prod, self._matrices())) + probe.graph + probe.peak
 
     def _running(self, probe: _Probe) -> int:
         """Bytes while a block runs, or while the head does."""
