@@ -123,14 +123,14 @@ def reference() -> Path:
 @pytest.fixture
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Load written models in this process instead of a fresh one: the same check without the seconds of a start."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from secateur import realise, recovering
     from secateur.checkpoint.architecture import loader_for
+    from secateur.checkpoint.skeleton import load_config
 
     def plain_logits(folder: Path, inputs: Any, remote_code: bool) -> torch.Tensor:
-        loader = AutoModelForCausalLM if remote_code else loader_for(AutoConfig.from_pretrained(folder))
-        model = loader.from_pretrained(folder, dtype=torch.float32, trust_remote_code=remote_code)
+        model = loader_for(load_config(folder, remote_code)).from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=remote_code
+        )
         with torch.no_grad():
             return model.eval()(**named_inputs(inputs), use_cache=False).logits
 
