@@ -19,6 +19,9 @@ SOURCES = [str(ROOT / name) for name in ("benchmarks", "tests", "src")]
 RESULTS = ROOT / "benchmarks" / "results"
 DEFAULT_REFERENCE = ROOT.parent / "shared" / "reference"
 
+BEST = "preset best"
+"""What tables call ``--preset best``."""
+
 LOOK_EVERY = 0.05
 """Seconds between two looks at a process that is watched."""
 
@@ -124,4 +127,6 @@ def lead(name: str, best: float, others: Mapping[str, float], dense: float) -> s
     next_best = min(others, key=others.__getitem__)
     share = (others[next_best] - best) / (others[next_best] - dense)
     where = f"{100 * share:.0f} % of the way from there to dense" if share > 0 else "**not ahead**"
-    return f"* {name}: preset best {best:.2f}, next best of {len(others)} others {next_best} {others[next_best]:.2f}; {where}"
+    return (
+        f"* {name}: {BEST} {best:.2f}, next best of {len(others)} others {next_best} {others[next_best]:.2f}; {where}"
+    )

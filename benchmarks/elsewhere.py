@@ -15,11 +15,10 @@ import importlib.util
 import itertools
 from pathlib import Path
 
-from common import RESULTS, ROOT, Results, fresh, lead
+from common import BEST, RESULTS, ROOT, Results, fresh, lead
 
 DEFAULT_DATA = ROOT.parent / "shared" / "data"
 MODELS = ("SmolLM2-135M", "Gemma 3 270M")
-BEST = "preset best"
 TEXTS = {"PTB": "text/ptb-valid.txt", "novels": "text/bookcorpus-like.txt"}
 RECIPES: dict[str, dict[str, str]] = {
     "weights 50 %": {

@@ -16,9 +16,7 @@ import shutil
 import time
 from pathlib import Path
 
-from common import DEFAULT_REFERENCE, RESULTS, ROOT, Results, fresh, lead
-
-BEST = "preset best"
+from common import BEST, DEFAULT_REFERENCE, RESULTS, ROOT, Results, fresh, lead
 
 WEIGHTS = {
     BEST: "preset=best unit={unit}",

@@ -47,7 +47,7 @@ class Blockwise(Reconstruction):
     def forwards(self) -> float:
         chosen = self.options
         fitted = 1 - chosen.held_out
-        looks = 1 + chosen.epochs + (len(SHARES) if chosen.epochs else 0)
+        looks = 1 + chosen.epochs + len(SHARES)
         return chosen.epochs * 3 * fitted + looks * chosen.held_out
 
     def fit(
@@ -76,7 +76,7 @@ class Blockwise(Reconstruction):
             if not math.isfinite(error):
                 break
         end = fitted.copy()
-        for share in SHARES if self.options.epochs else ():
+        for share in SHARES:
             fitted.restore({name: torch.lerp(start[name], weight, share) for name, weight in end.items()})
             best.look()
         fitted.restore(best.weights)

@@ -151,7 +151,7 @@ class SensitivityWalk(Walk):
 
 
 COPIES = 4
-"""As many logits of a piece exist at once as ``LOGITS`` allows for, and more: their logarithms are doubles, and two ways' are compared."""
+"""A piece is so many times smaller than elsewhere: its logarithms are doubles, and those of two ways are compared."""
 
 
 def window_changes(
