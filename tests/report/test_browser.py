@@ -74,8 +74,20 @@ def look(browser: Any) -> Iterator[Open]:
     assert said == []
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, Path]:
+    """Folders that are only looked at: made by the first test that asks, in its own folder, for those after it."""
+    return {}
+
+
 @pytest.fixture
-def recovered(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
+def recovered(made: dict[str, Path], llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
+    if "recovered" not in made:
+        made["recovered"] = _recovered(llama_folder, windows_file, tmp_path)
+    return made["recovered"]
+
+
+def _recovered(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
     secateur.prune(str(llama_folder), tmp_path / "cut", unit="head,channel", ratio=0.5, calibration=str(windows_file))
     secateur.recover(tmp_path / "cut", tmp_path / "tuned", data=str(windows_file), steps=3, batch_size=2)
     secateur.evaluate([str(llama_folder), str(tmp_path / "cut"), str(tmp_path / "tuned")], text=str(windows_file))
@@ -83,7 +95,13 @@ def recovered(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def compared(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
+def compared(made: dict[str, Path], llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
+    if "compared" not in made:
+        made["compared"] = _compared(llama_folder, windows_file, tmp_path)
+    return made["compared"]
+
+
+def _compared(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
     text = tmp_path / "held-out.safetensors"
     save_file({"input_ids": torch.randint(128, (4, 24), generator=torch.Generator().manual_seed(9))}, text)
     recipes = ["wanda unit=2:4", "magnitude unit=weight", "taylor unit=channel ratio=0.5"]
