@@ -75,16 +75,21 @@ def look(browser: Any) -> Iterator[Open]:
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, Path]:
+def once() -> Callable[..., Path]:
     """Folders that are only looked at: made by the first test that asks, in its own folder, for those after it."""
-    return {}
+    made: dict[Callable[..., Path], Path] = {}
+
+    def do(make: Callable[..., Path], *places: Path) -> Path:
+        if make not in made:
+            made[make] = make(*places)
+        return made[make]
+
+    return do
 
 
 @pytest.fixture
-def recovered(made: dict[str, Path], llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
-    if "recovered" not in made:
-        made["recovered"] = _recovered(llama_folder, windows_file, tmp_path)
-    return made["recovered"]
+def recovered(once: Callable[..., Path], llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
+    return once(_recovered, llama_folder, windows_file, tmp_path)
 
 
 def _recovered(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
@@ -95,10 +100,8 @@ def _recovered(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def compared(made: dict[str, Path], llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
-    if "compared" not in made:
-        made["compared"] = _compared(llama_folder, windows_file, tmp_path)
-    return made["compared"]
+def compared(once: Callable[..., Path], llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:
+    return once(_compared, llama_folder, windows_file, tmp_path)
 
 
 def _compared(llama_folder: Path, windows_file: Path, tmp_path: Path) -> Path:

@@ -14,7 +14,7 @@ from secateur.allocation.sensitivity import Sensitivity, SensitivityOptions
 from secateur.checkpoint import reader
 from secateur.checkpoint.reader import open_checkpoint
 from secateur.errors import CalibrationError, ModelError
-from secateur.evaluation.alive import _Alive
+from secateur.evaluation.alive import Alive
 from secateur.spreading import allocation_figures
 from secateur.statistics import InputNorm
 from secateur.sweep import SweepSettings, backward, sensitivity
@@ -238,7 +238,7 @@ def test_comparing_two_ways_takes_no_more_than_the_forecast_counts():
     ids_T = torch.randint(0, vocabulary, (1024,), generator=generator)
     hidden_WTD = [torch.randn(1024, 8, generator=generator) for _ in range(2)]
 
-    with _Alive(set()) as alive:
+    with Alive(set()) as alive:
         changes_WS = window_changes(lambda inputs, hidden_BTD: hidden_BTD @ table_DV, ids_T, hidden_WTD, vocabulary)
     assert alive.most < 4 * LOGITS
     assert torch.isfinite(changes_WS).all()

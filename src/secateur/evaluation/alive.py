@@ -23,12 +23,12 @@ def peak_memory(model: nn.Module, ids_BT: torch.Tensor) -> int:
         id(tensor.untyped_storage()): tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers()]
     }
     storages = {storage.data_ptr(): storage.nbytes() for storage in held.values()}
-    with evaluating(model), _Alive(set(storages)) as alive:
+    with evaluating(model), Alive(set(storages)) as alive:
         call_model(model, {"input_ids": ids_BT.to(next(model.parameters()).device)})
     return sum(storages.values()) + alive.most
 
 
-class _Alive(TorchDispatchMode):
+class Alive(TorchDispatchMode):
     """Adds up the storages that operators return, each once, until nothing holds them any more.
 
     Attributes:
