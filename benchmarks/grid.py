@@ -217,11 +217,9 @@ def _lead(results: Results) -> list[str]:
         found = {method: results.get(f"{column}: {method}") for method in methods}
         known = {m: e["perplexity"] for m, e in found.items() if e is not None and e["failed"] is None}
         best = known.pop(BEST, None)
-        # What fits blocks by itself is part of the preset, not a method beside it.
-        others = {method: value for method, value in known.items() if "reconstruct=block" not in methods[method]}
-        if dense is None or best is None or not others:
+        if dense is None or best is None or not known:
             continue
-        lines.append(lead(column, best, others, dense["perplexity"]))
+        lines.append(lead(column, best, known, dense["perplexity"]))
     return lines
 
 
