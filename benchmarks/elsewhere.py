@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, str]] = {
     "channels 20 %": {
         "taylor, global": "taylor unit=channel allocation=global ratio=0.2",
         "preset balanced": "preset=balanced unit=channel ratio=0.2",
+        "taylor 2nd order, global, weights refitted": "taylor:order=second unit=channel allocation=global removal=sparsegpt ratio=0.2",
         BEST: "preset=best unit=channel ratio=0.2",
     },
 }
