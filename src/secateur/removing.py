@@ -115,10 +115,11 @@ class Remover:
     ) -> Removed | None:
         """None where nothing changes but that rows and columns go."""
         matrix, (rows, columns) = scorer.matrix(name), survivors
+        full = self._full(index, name)
         weight_OI = surviving(matrix.weight_OI, rows, torch.arange(matrix.weight_OI.shape[1])).float()
         fitted = None
         if self._removal.updates and len(columns) < weight_OI.shape[1]:
-            fitted = self._removal.refit(weight_OI.clone(), columns.to(weight_OI.device), matrix.statistics)
+            fitted = self._removal.refit(full, weight_OI.clone(), columns.to(weight_OI.device), matrix.statistics)
         if not self._recipe.masks_weights:
             return fitted
         if fitted is not None and fitted.weight_OI is not None:
@@ -126,7 +127,7 @@ class Remover:
         else:
             weight_OI = surviving(weight_OI, torch.arange(len(weight_OI)), columns)
             weight_OI = weight_OI.clone() if self._removal.updates else weight_OI
-        full, amount = self._full(index, name), self._amounts.of(index, name, (len(rows), len(columns)))
+        amount = self._amounts.of(index, name, (len(rows), len(columns)))
 
         def choose() -> torch.Tensor:
             score_OI = scorer.weight_score(name) if kept_scores is None else kept_scores[name].to(weight_OI.device)
@@ -144,9 +145,7 @@ class Remover:
             self._criterion.adaptive and kept_scores is None,
         )
         removed = self._removal.remove(task)
-        if fitted is not None and fitted.shift_O is not None and removed.shift_O is not None:
-            return replace(removed, shift_O=removed.shift_O + fitted.shift_O)
-        return removed
+        return removed if fitted is None else _after_cut(removed, fitted)
 
     def _shifted(
         self, index: int, decision: BlockDecision, name: str, rows: torch.Tensor, shift_O: torch.Tensor
@@ -156,6 +155,15 @@ class Remover:
         assert bias is not None  # the model was opened with every bias that may be written
         full = self._full(index, bias)
         return bias, self._checkpoint.read([full])[full][rows].double() + shift_O.cpu()
+
+
+def _after_cut(removed: Removed, fitted: Removed) -> Removed:
+    """What has become of a matrix that was cut, and then masked: shifts add up, and of a figure told twice the larger stays."""
+    shift_O = removed.shift_O
+    if shift_O is not None and fitted.shift_O is not None:
+        shift_O = shift_O + fitted.shift_O
+    notes = {key: max(value, removed.notes.get(key, value)) for key, value in fitted.notes.items()}
+    return replace(removed, shift_O=shift_O, notes={**removed.notes, **notes})
 
 
 def reconstruct(

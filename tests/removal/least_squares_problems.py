@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from secateur.removal.curvature import ridge
+from secateur.removal.curvature import DAMPENING, ridge
 
 
 def problem(outputs: int, inputs: int, seed: int = 0, tokens: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -22,6 +22,21 @@ def with_dead(hessian_II: torch.Tensor, dead: list[int]) -> torch.Tensor:
     hessian_II[dead] = 0
     hessian_II[:, dead] = 0
     return hessian_II
+
+
+def refit_on_support(
+    weight_OI: torch.Tensor, hessian_II: torch.Tensor, mask_OI: torch.Tensor, dampening: float = DAMPENING
+) -> torch.Tensor:
+    """The best weights on a mask ``(O, I)``, each row's system solved by itself in float64; zero where nothing is kept."""
+    curvature_II = hessian_II.double() + ridge(hessian_II, dampening).double().diag()
+    rhs_OI = weight_OI.double() @ curvature_II
+    result_OI = torch.zeros_like(rhs_OI)
+    for row, mask_I in enumerate(mask_OI):
+        kept_K = torch.nonzero(mask_I).reshape(-1)
+        # A curvature that is singular on the support (no dampening) has many best solutions; this takes the shortest.
+        solved = torch.linalg.lstsq(curvature_II[kept_K][:, kept_K], rhs_OI[row, kept_K, None], driver="gelsd")
+        result_OI[row, kept_K] = solved.solution[:, 0]
+    return result_OI.float()
 
 
 def cost(new_OI: torch.Tensor, old_OI: torch.Tensor, hessian_II: torch.Tensor, dampening: float = 0.01) -> float:

@@ -6,13 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from least_squares_problems import close, cost, problem, with_dead
+from least_squares_problems import close, cost, problem, refit_on_support, with_dead
 
 from secateur.errors import RecipeError
 from secateur.removal import sparsegpt as module
 from secateur.removal.amount import Amount
 from secateur.removal.curvature import factor, ridge
-from secateur.removal.least_squares import refit_on_support
 from secateur.removal.selection import lowest_mask
 from secateur.removal.sparsegpt import sparsegpt
 

@@ -46,11 +46,12 @@ def test_what_fits_nothing_needs_no_more_text(llama_folder, command, tmp_path):
     assert "TOO LITTLE TEXT" not in err
 
 
-def test_raised_dampening_is_reported(llama_folder, command, tmp_path):
+@pytest.mark.parametrize("unit", ["weight", "channel", "channel,weight"])
+def test_raised_dampening_is_reported(unit, llama_folder, command, tmp_path):
     """Two tokens, and a dampening that float64 cannot tell from none."""
     save_file({"input_ids": torch.tensor([[3, 5]])}, tmp_path / "w.safetensors")
     plan = tmp_path / "p.json"
-    words = ["--unit", "weight", "--calibration", tmp_path / "w.safetensors", "--removal", "sparsegpt:dampening=1e-30"]
+    words = ["--unit", unit, "--calibration", tmp_path / "w.safetensors", "--removal", "sparsegpt:dampening=1e-30"]
     code, _, err = command("plan", llama_folder, "--out", plan, "--criterion", "wanda", *words)
     assert code == 0, err
     raised = load_plan(plan).notes["removal"]["dampening"]

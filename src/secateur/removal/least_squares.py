@@ -2,15 +2,29 @@
 
 Each function minimises ``tr(D (H + ridge) D^T)`` over the weights that are kept, D being the change of the matrix: the
 ridge holds the weights near their old values, not near zero, so what the inputs do not determine stays as it was, and
-where everything is kept nothing changes. With a target T the outputs to meet are given instead: the dense model's outputs
-times the pruned model's inputs, ``T = W (X_dense^T X_pruned)``, beside ``H = X_pruned^T X_pruned`` in the same unit.
+where everything is kept nothing changes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from secateur.removal.curvature import DAMPENING, decompose, ridge
+from secateur.removal.curvature import DAMPENING, decompose
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """Columns that were fitted.
+
+    Attributes:
+        weight_OK: ``(O, K)`` float32.
+        dampening: the part of the mean diagonal that was added; more than was asked for where that would not do.
+    """
+
+    weight_OK: torch.Tensor
+    dampening: float
 
 
 def refit_columns(
@@ -18,9 +32,8 @@ def refit_columns(
     hessian_II: torch.Tensor,
     kept_K: torch.Tensor,
     dampening: float = DAMPENING,
-    target_OI: torch.Tensor | None = None,
     name: str = "the matrix",
-) -> torch.Tensor:
+) -> Refitted:
     """The columns that stay when others leave altogether: one decomposition serves all rows.
 
     Args:
@@ -28,62 +41,19 @@ def refit_columns(
         hessian_II: of its inputs, ``(I, I)``.
         kept_K: indices of the inputs that stay, int64.
         dampening: see ``curvature.ridge``.
-        target_OI: see above; without it the outputs to meet are those of the dense matrix on these inputs.
         name: the matrix, for errors.
-
-    Returns:
-        ``(O, K)`` float32.
 
     Raises:
         ModelError: the curvature cannot be decomposed.
     """
     if not len(kept_K):
-        return weight_OI.new_zeros((len(weight_OI), 0), dtype=torch.float32)
-    hessian_KK = hessian_II[kept_K][:, kept_K]
-    cholesky = decompose(hessian_KK, dampening, name)
+        return Refitted(weight_OI.new_zeros((len(weight_OI), 0), dtype=torch.float32), dampening)
+    cholesky = decompose(hessian_II[kept_K][:, kept_K], dampening, name)
     dtype = cholesky.lower_II.dtype
-    product_OI = weight_OI.to(dtype) @ hessian_II[:, kept_K].to(dtype) if target_OI is None else target_OI[:, kept_K]
-    rhs_OK = product_OI + weight_OI[:, kept_K] * cholesky.ridge_I
-    return torch.cholesky_solve(rhs_OK.to(dtype).T, cholesky.lower_II).T.float().contiguous()
-
-
-def refit_on_support(
-    weight_OI: torch.Tensor,
-    hessian_II: torch.Tensor,
-    mask_OI: torch.Tensor,
-    dampening: float = DAMPENING,
-    target_OI: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """The best weights on a mask, each row's system solved by itself in float64: exact and slow, a measure for others.
-
-    Args:
-        weight_OI: the dense matrix.
-        hessian_II: of its inputs, ``(I, I)``.
-        mask_OI: True where a weight is kept.
-        dampening: see ``curvature.ridge``.
-        target_OI: see above.
-
-    Returns:
-        ``(O, I)`` float32, zero where nothing is kept.
-    """
-    ridge_I = ridge(hessian_II, dampening).double()
-    curvature_II = hessian_II.double() + ridge_I.diag()
-    rhs_OI = right_hand_side(weight_OI.double(), hessian_II.double(), ridge_I, target_OI)
-    result_OI = torch.zeros_like(rhs_OI)
-    for row, mask_I in enumerate(mask_OI):
-        kept_K = torch.nonzero(mask_I).reshape(-1)
-        # A curvature that is singular on the support (no dampening) has many best solutions; this takes the shortest.
-        solved = torch.linalg.lstsq(curvature_II[kept_K][:, kept_K], rhs_OI[row, kept_K, None], driver="gelsd")
-        result_OI[row, kept_K] = solved.solution[:, 0]
-    return result_OI.float()
-
-
-def right_hand_side(
-    weight_OI: torch.Tensor, hessian_II: torch.Tensor, ridge_I: torch.Tensor, target_OI: torch.Tensor | None = None
-) -> torch.Tensor:
-    """What the fitted weights times the dampened curvature shall come to, ``(O, I)``."""
-    product_OI = weight_OI @ hessian_II if target_OI is None else target_OI.to(weight_OI.dtype)
-    return product_OI + weight_OI * ridge_I
+    product_OK = weight_OI.to(dtype) @ hessian_II[:, kept_K].to(dtype)
+    rhs_OK = product_OK + weight_OI[:, kept_K] * cholesky.ridge_I
+    weight_OK = torch.cholesky_solve(rhs_OK.to(dtype).T, cholesky.lower_II).T.float().contiguous()
+    return Refitted(weight_OK, cholesky.dampening)
 
 
 def conjugate_gradient_on_support(
@@ -95,7 +65,7 @@ def conjugate_gradient_on_support(
 
     Args:
         weight_OI: where to start; what lies outside the mask is dropped first.
-        rhs_OI: see ``right_hand_side``.
+        rhs_OI: what the fitted weights times the dampened curvature shall come to: the dense weights times it.
         hessian_II: ``(I, I)``, already dampened.
         mask_OI: True where a weight is kept.
         steps: at most this many.

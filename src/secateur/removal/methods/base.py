@@ -86,11 +86,14 @@ class Removal(Named, ABC):
         """
 
     def refit(
-        self, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
+        self, name: str, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
     ) -> Removed:
-        """New numbers ``(O, K)`` of the inputs that stay, where a cut takes the others.
+        """New numbers ``(O, K)`` of the inputs that stay, where a cut takes the others from the matrix ``name``.
 
         Only removals that update are asked.
+
+        Raises:
+            ModelError: its inputs allow no solution.
         """
         raise NotImplementedError(f"{self.name} does not update weights")
 

@@ -32,7 +32,7 @@ class Bias(Removal):
         return Removed(mask_OI, shift_O=_expected(task.weight_OI.masked_fill(mask_OI, 0), task.of(InputMoments).mean()))
 
     def refit(
-        self, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
+        self, name: str, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
     ) -> Removed:
         stays_OK = torch.ones(len(weight_OI), len(kept_K), dtype=torch.bool, device=weight_OI.device)
         gone_I = torch.ones(weight_OI.shape[1], dtype=torch.bool, device=weight_OI.device)

@@ -28,11 +28,12 @@ class Updating(Removal):
         return frozenset({InputSecondMoment})
 
     def refit(
-        self, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
+        self, name: str, weight_OI: torch.Tensor, kept_K: torch.Tensor, statistics: Mapping[type[Statistic], Any]
     ) -> Removed:
         hessian_II = statistics[InputSecondMoment].hessian_II()
-        weight_OK = refit_columns(weight_OI, hessian_II, kept_K, self.options.dampening)
-        return Removed(torch.ones_like(weight_OK, dtype=torch.bool), weight_OK)
+        found = refit_columns(weight_OI, hessian_II, kept_K, self.options.dampening, name)
+        stays_OK = torch.ones_like(found.weight_OK, dtype=torch.bool)
+        return Removed(stays_OK, found.weight_OK, self.raised(found.dampening))
 
     def raised(self, dampening: float) -> dict[str, float]:
         """The dampening, where it had to be more than was asked for."""
