@@ -41,7 +41,7 @@ def ranked(pools, scores, each):
 numbers = st.floats(width=32, allow_nan=False, allow_infinity=False)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.lists(numbers, min_size=1, max_size=30), min_size=1, max_size=5), st.data())
 def test_threshold_counts_exactly(chunks, data):
     tensors = [torch.tensor(chunk, dtype=torch.float32) for chunk in chunks]
@@ -53,7 +53,7 @@ def test_threshold_counts_exactly(chunks, data):
     assert 1 <= ties <= int((everything == threshold).sum())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 4), st.integers(1, 12), st.floats(0, 0.999), st.integers(0, 99))
 def test_uniform_takes_the_lowest_of_every_family(families, size, ratio, seed):
     mine = pool(families * size, families)
@@ -76,7 +76,7 @@ def test_only_blocks_that_may_leave_do():
     assert lowest_units(mine, torch.tensor([0.0, 1, 5, 3, 4, 2]), leaving(mine, 0.7)) == [3, 4]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(1, 200), st.floats(0, 0.999), st.sampled_from([8, 64, 128]))
 def test_rounding_keeps_a_multiple_and_never_less(size, ratio, round_to):
     mine = pool(size)
@@ -86,7 +86,7 @@ def test_rounding_keeps_a_multiple_and_never_less(size, ratio, round_to):
     assert kept % round_to == 0 or kept == size
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     st.lists(st.tuples(st.integers(2, 40), st.integers(1, 3)), min_size=3, max_size=12),
     st.fractions(0, Fraction(9, 10), max_denominator=100),
@@ -120,7 +120,7 @@ def test_every_policy_hits_its_target_and_empties_nothing(shapes, ratio, data):
     assert not open_still or gone > budget - min(open_still)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 50)), min_size=1, max_size=6),
     st.floats(0, 0.999),

@@ -51,7 +51,7 @@ def test_matrices_alone():
     assert [shares[0]["q"], shares[0]["up"], shares[1]["up"]] == pytest.approx([0.7 * scale, 1.3 * scale, scale])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.fixed_dictionaries({}, optional={"q": st.floats(1, 50), "up": st.floats(1, 50)}), min_size=1, max_size=8
@@ -75,7 +75,7 @@ def test_the_mean_is_met_and_nothing_is_emptied(figures, ratio, spread, by, name
     assert all(0 <= value < 1 for share in shares for value in share.values())
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.floats(1, 20), min_size=2, max_size=8), st.floats(0.01, 0.95))
 def test_a_lighter_tail_never_gives_less(alphas, ratio):
     shares = policy(spread=0.5).shares([{"q": alpha} for alpha in alphas], [{"q": 10}] * len(alphas), ratio)

@@ -38,7 +38,7 @@ def scores_of(shape, seed, tied):
     return torch.ones(shape) if tied else score_OI
 
 
-@settings(deadline=None, max_examples=120)
+@settings(max_examples=120)
 @given(
     st.sampled_from(sorted(POLICIES)),
     st.lists(st.tuples(st.integers(1, 9), st.integers(2, 150)), min_size=1, max_size=4),
@@ -69,7 +69,7 @@ def test_a_policy_hits_the_total_to_one_weight_and_empties_no_row(name, sizes, r
     assert gone == int(total * ratio)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     st.sampled_from(sorted(POLICIES)),
     st.lists(st.integers(1, 9), min_size=1, max_size=5),
@@ -92,7 +92,7 @@ def test_a_policy_with_a_pattern_empties_no_group(name, outputs, pattern, seed):
     assert abs(gone - 48 * sum(outputs) * Fraction(group - keep, group)) <= Fraction(step, 2)
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     st.integers(1, 9),
     st.integers(2, 150),

@@ -17,7 +17,7 @@ def blocks(count: int, may_leave: range | None = None) -> Pool:
     return Pool("block", (group,), tuple(may_leave or range(count)))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.data())
 def test_no_other_run_is_lower(data):
     total = data.draw(st.integers(2, 9))

@@ -29,7 +29,7 @@ def mean(values, sizes):
     return math.fsum(v * s for v, s in zip(values, sizes, strict=True)) / math.fsum(sizes)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(parts(), st.just(0.0) | st.floats(1e-6, 1))
 def test_the_mean_is_exact_and_no_part_passes_its_most(given_parts, share):
     wish, size, most = given_parts
@@ -39,7 +39,7 @@ def test_the_mean_is_exact_and_no_part_passes_its_most(given_parts, share):
     assert all(0 <= r <= m for r, m in zip(found, most, strict=True))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(parts(), st.just(0.0) | st.floats(1e-6, 1))
 def test_what_is_not_full_is_in_proportion_to_its_wish(given_parts, share):
     wish, size, most = given_parts
@@ -94,7 +94,7 @@ def counts(draw):
     return wish, most, draw(st.integers(0, sum(most)))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(counts())
 def test_counts_add_up_and_stay_within_their_most(given_counts):
     wish, most, total = given_counts
@@ -103,7 +103,7 @@ def test_counts_add_up_and_stay_within_their_most(given_counts):
     assert all(0 <= count <= m for count, m in zip(found, most, strict=True))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.floats(0, 1000), min_size=1, max_size=10), st.integers(1, 10**6))
 def test_counts_are_within_one_of_their_wish_and_of_no_smaller_distance(wish, total):
     if sum(wish) == 0:
@@ -137,7 +137,7 @@ def patterns(draw):
     return wish, groups, group, draw(st.floats(0, (group - 1) / group))
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(patterns())
 def test_patterns_meet_the_total_to_half_a_step(given_pattern):
     wish, groups, group, ratio = given_pattern

@@ -101,7 +101,7 @@ def test_lighter_tails_have_larger_exponents(estimator):
     assert len(set(found)) == len(found)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(1e-4, 1e4), st.integers(0, 3))
 def test_scale_matters_to_the_published_bound_alone(scale, seed):
     value_K = eigenvalues_K(heavy(seed, 64))

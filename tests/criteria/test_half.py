@@ -11,7 +11,7 @@ from secateur.statistics.half import halved, whole
 
 
 @given(st.integers(0, 1000), st.integers(-100, 80))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_rows_of_any_size(seed, exponent):
     generator = torch.Generator().manual_seed(seed)
     total_OI = torch.ldexp(torch.rand(5, 7, generator=generator) + 0.01, torch.tensor(exponent))

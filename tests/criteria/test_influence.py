@@ -46,7 +46,7 @@ def influences(statistics):
 numbers = st.floats(-100, 100, width=32).map(lambda value: value if abs(value) > 1e-3 else 0.0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=8), st.sampled_from([1e-3, 2.0, 1e6]))
 def test_cosine_is_what_it_says_and_knows_no_lengths(pairs, scale):
     x, y = torch.tensor(pairs, dtype=torch.float32).T

@@ -36,7 +36,7 @@ def configs(draw: Any) -> Any:
     return getattr(transformers, f"{family}Config")(**COMMON, **more[family], tie_word_embeddings=tied)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(configs(), st.data())
 def test_random_cuts_of_random_configs_equal_the_masked_model(config: Any, data: st.DataObject) -> None:
     skeleton = build_skeleton(config)

@@ -73,7 +73,7 @@ def test_it_comes_near_the_best_mask_of_all():
     assert sum(ratios) / len(ratios) < 1.3
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.sampled_from(["row", "block", "layer"]), st.integers(1, 5), st.integers(1, 16), st.integers(0, 99), st.data())
 def test_counts_are_exact_at_every_edge(within, outputs, inputs, seed, data):
     kind = data.draw(st.sampled_from(["random", "dead", "one window", "zero row", "all equal", "nothing live"]))

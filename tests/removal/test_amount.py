@@ -14,7 +14,7 @@ from secateur.removal.selection import lowest_mask
 sizes = st.integers(1, 9)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(sizes, st.integers(1, 300), st.integers(1, 130), st.data())
 def test_parts_add_up_and_no_part_loses_more_than_it_has(outputs, inputs, block_size, data):
     amount = Amount(data.draw(st.integers(0, outputs * inputs)), "block")
@@ -40,7 +40,7 @@ def test_one_more_leaves_where_the_next_lowest_is_lowest_and_else_above():
     assert row_counts(amount, (4, 3), torch.ones(4, 3)).tolist() == [2, 2, 1, 1]
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(sizes, st.integers(1, 40), st.integers(1, 17), st.integers(0, 99), st.data())
 def test_masks_take_the_lowest_of_what_is_compared(outputs, inputs, block_size, seed, data):
     score_OI = torch.randint(6, (outputs, inputs), generator=torch.Generator().manual_seed(seed)).float()

@@ -12,7 +12,7 @@ from secateur.errors import ModelError
 from secateur.removal.curvature import decompose, factor, ridge
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(0, 99), st.booleans())
 def test_factor_is_that_of_the_inverse(inputs, seed, dead):
     _, hessian_II = problem(1, inputs, seed)

@@ -71,7 +71,7 @@ def drawn(outputs, inputs, seed, kind="random"):
 KINDS = st.sampled_from(["random", "coarse", "no variance"])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     KINDS,
     st.integers(1, 6),
@@ -97,7 +97,7 @@ def test_every_place_is_the_plain_loop_s(kind, outputs, inputs, ratio, threshold
     assert torch.equal(swapped_in, (mask_OI & ~refined_OI).sum(1))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     KINDS,
     st.integers(1, 6),

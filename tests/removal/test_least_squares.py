@@ -32,7 +32,7 @@ def test_support_refit_is_plain_regression_of_the_outputs():
         assert (found_OI[row, ~kept] == 0).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(1, 6), st.integers(1, 20), st.integers(0, 99), st.booleans(), st.data())
 def test_columns_and_support_agree_where_the_support_is_columns(outputs, inputs, seed, dead, data):
     weight_OI, hessian_II = problem(outputs, inputs, seed)
@@ -42,10 +42,14 @@ def test_columns_and_support_agree_where_the_support_is_columns(outputs, inputs,
     kept_K = torch.tensor(sorted(kept))
     mask_OI = torch.zeros(outputs, inputs, dtype=torch.bool)
     mask_OI[:, kept_K] = True
-    # The ridge is a part of the mean over what is kept, so the reference gets the reference's own ridge.
-    found_OK = refit_columns(weight_OI, hessian_II, kept_K, 0.0).weight_OK
+    # Without dampening: each function's ridge is a part of a mean over other inputs. What the inputs hardly determine may
+    # differ then, but what both lose of the outputs may not.
+    found_OI = torch.zeros_like(weight_OI)
+    found_OI[:, kept_K] = refit_columns(weight_OI, hessian_II, kept_K, 0.0).weight_OK
     exact_OI = refit_on_support(weight_OI, hessian_II, mask_OI, 0.0)
-    torch.testing.assert_close(found_OK, exact_OI[:, kept_K], rtol=2e-3, atol=2e-3)
+    everything = cost(torch.zeros_like(weight_OI), weight_OI, hessian_II, 0.0)
+    apart = cost(found_OI, exact_OI, hessian_II, 0.0)
+    assert apart <= 1e-6 * everything
 
 
 def test_everything_kept_changes_nothing_and_nothing_kept_is_nothing():
@@ -80,7 +84,7 @@ def test_column_refit_is_a_minimum_and_beats_plain_cutting():
         assert cost(nudged_OI, weight_OI, hessian_II, 1e-6) > best
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(2, 20), st.integers(1, 40), st.integers(0, 99))
 def test_more_dampening_holds_columns_nearer_to_what_they_were(inputs, tokens, seed):
     weight_OI, hessian_II = problem(4, inputs, seed, tokens)

@@ -19,7 +19,7 @@ scores = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores, st.data())
 def test_n_of_m_keeps_the_highest_of_every_group(drawn, data):
     score_OI, group = drawn
@@ -30,7 +30,7 @@ def test_n_of_m_keeps_the_highest_of_every_group(drawn, data):
         assert values[kept].min() >= values[~kept].max()
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores, st.floats(0, 0.999))
 def test_layer_counts_and_packing(drawn, ratio):
     score_OI, _ = drawn
@@ -91,7 +91,7 @@ RATIOS = st.one_of(st.floats(0, 0.9999), st.sampled_from([0.0, 0.5, 0.999999, 1.
 
 
 @pytest.mark.usefixtures("small_chunks")
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(KINDS, st.integers(1, 6), st.integers(1, 40), RATIOS, st.integers(0, 999))
 def test_selection_takes_what_a_stable_sort_takes(kind, rows, inputs, ratio, seed):
     score_OI = scores_of(kind, rows, inputs, seed)

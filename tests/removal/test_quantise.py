@@ -14,7 +14,7 @@ from secateur.removal.quantise import Quantiser
 from secateur.removal.sparsegpt import sparsegpt
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(2, 8), st.floats(-3, 3), st.integers(0, 99))
 def test_every_weight_goes_to_the_nearest_of_its_row_s_levels(outputs, inputs, bits, shift, seed):
     weight_OI = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed)) + shift

@@ -42,7 +42,7 @@ def plain_update(weight_OI, hessian_II, choose, dampening=0.01):
     return weight_OI, mask_OI
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(1, 7), st.integers(1, 45), st.integers(0, 99), st.sampled_from([3, 16, 128]), st.booleans())
 def test_update_on_a_given_mask_is_the_plain_one(outputs, inputs, seed, block_size, dead):
     weight_OI, hessian_II = problem(outputs, inputs, seed)
@@ -106,7 +106,7 @@ def test_a_width_that_m_does_not_divide_is_refused_by_name():
         sparsegpt(weight_OI, hessian_II, Amount(0, "row", 2, 4), name="model.q")
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(["row", "share", "block", "layer"]),
     st.integers(1, 6),
