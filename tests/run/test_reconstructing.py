@@ -297,12 +297,21 @@ def test_presets_give_way_to_what_is_said():
 
 
 @pytest.mark.parametrize("preset", ["balanced", "best"])
-def test_presets_hold_what_a_cut_leaves_nearer_than_a_mask(preset):
+def test_presets_hold_what_a_cut_leaves_nearer_than_sparsegpt(preset):
     cut, mixed = (
         recipe_from(model="m", preset=preset, unit=unit).parsed_removal() for unit in ("channel", "channel,2:4")
     )
     assert cut.options.dampening == 0.3
-    assert mixed.options.dampening == DAMPENING, "masks keep SparseGPT's own"
+    assert mixed.options.dampening == DAMPENING, "with masks SparseGPT's own is kept"
+
+
+@pytest.mark.parametrize("unit", ["weight", "2:4"])
+def test_the_best_preset_holds_what_a_mask_leaves_nearer_than_sparsegpt(unit):
+    best, balanced = (
+        recipe_from(model="m", preset=preset, unit=unit).parsed_removal() for preset in ("best", "balanced")
+    )
+    assert (best.name, best.options.dampening) == ("alps", 0.1)
+    assert balanced.options.dampening == DAMPENING
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4])
