@@ -31,12 +31,14 @@ UNSEEN = "instructions"
 RECIPES: dict[str, dict[str, str]] = {
     "weights 50 %": {
         "wanda": "wanda unit=weight",
+        "wanda, blocks fitted": "wanda unit=weight reconstruct=block",
         "preset balanced (sparsegpt)": "preset=balanced unit=weight",
         "alps": "sparsegpt unit=weight within=row removal=alps",
         BEST: "preset=best unit=weight",
     },
     "2:4": {
         "wanda": "wanda unit=2:4",
+        "wanda, blocks fitted": "wanda unit=2:4 reconstruct=block",
         "preset balanced (sparsegpt)": "preset=balanced unit=2:4",
         "alps": "sparsegpt unit=2:4 removal=alps",
         BEST: "preset=best unit=2:4",
