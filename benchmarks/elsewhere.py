@@ -27,7 +27,7 @@ TEXTS = {
 }
 CUTS = "channels 20 %"
 UNSEEN = "instructions"
-"""Only for the cuts: how firmly the presets refit what they leave was chosen with the other texts in view."""
+"""By which nothing was chosen, where how firmly the presets hold weights was chosen with the other texts in view; only for cuts so far."""
 RECIPES: dict[str, dict[str, str]] = {
     "weights 50 %": {
         "wanda": "wanda unit=weight",
