@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from families_table import pytest_runtest_logreport, pytest_sessionfinish  # noqa: F401 - hooks
+from forked import ForkServer
 from hypothesis import settings
 from tiny_models import tiny_llama
 
@@ -125,6 +127,25 @@ def reference() -> Path:
     if not REFERENCE.is_dir():
         pytest.skip("the reference windows are not here")
     return REFERENCE
+
+
+@pytest.fixture(scope="session")
+def fork_server() -> Iterator[ForkServer]:
+    server = ForkServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(autouse=True)
+def _forked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written models are loaded by forks of a process without Secateur, which start in no time; marked ``fresh`` or ``slow``: as users have it."""
+    if not any(request.node.get_closest_marker(name) for name in ("fresh", "slow")):
+        from secateur.checkpoint import verify
+
+        def run(*words: Any, **options: Any) -> Any:  # the server starts only where a test comes to this
+            return request.getfixturevalue("fork_server").run(*words, **options)
+
+        monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture

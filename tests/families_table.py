@@ -15,7 +15,7 @@ Written by the test run itself (`tests/families`), one tiny random model for eac
 them by name. For every kind of unit one, many and unequal numbers were cut, and the cut model's logits compared with those of
 the dense model with the same units masked out; the largest difference is {worst}, as a share of the largest logit. Every family
 was then pruned three times (units inside the blocks; heads and channels unevenly; hidden channels and blocks), written, loaded by
-plain transformers, the uneven one in a fresh process too, and generated the same with and without a cache.
+plain transformers, in a process without Secateur too, and generated the same with and without a cache.
 
 "Own config" loads in plain transformers. A "per-layer config" and a "carved" model carry a short modelling file: plain
 transformers loads them with `trust_remote_code=True`, `secateur.load` without.

@@ -95,6 +95,7 @@ def test_both_ways_refuse_what_does_not_fit(damage, scratch, llama_folder, tmp_p
         )
 
 
+@pytest.mark.fresh
 def test_the_fresh_process_decides_by_size_and_says_why_it_refuses(llama_folder, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO", logger="secateur")
     needed = float32_bytes(llama_folder)
@@ -113,6 +114,7 @@ def test_the_fresh_process_decides_by_size_and_says_why_it_refuses(llama_folder,
         fresh_logits(wrong, IDS_BT, False, limit=0)
 
 
+@pytest.mark.fresh
 @pytest.mark.usefixtures("same_process")
 def test_remote_code_in_a_fresh_process_one_module_at_a_time(save, tmp_path):
     folder = pruned("uneven", save, tmp_path)

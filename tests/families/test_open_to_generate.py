@@ -26,7 +26,6 @@ def test_units_are_found_proved_cut_and_loaded(
     save: Callable[..., Path],
     tmp_path: Path,
     record_property: Callable[[str, Any], None],
-    request: pytest.FixtureRequest,
 ) -> None:
     family = FAMILIES[name]
     skeleton = build_skeleton(family.make_config())
@@ -54,7 +53,6 @@ def test_units_are_found_proved_cut_and_loaded(
         assert result.record["after"]["parameters"] < result.record["before"]["parameters"]
         written[run] = _written_as(out)
         _check_loaded(out, folder)
-        request.getfixturevalue("same_process")  # a fresh one for the first is enough: a start takes seconds
     record_property("family", _row(name, skeleton, structure, proofs, written))
 
 

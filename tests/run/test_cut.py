@@ -134,6 +134,7 @@ def test_no_plan_is_recommended_that_stays_uneven(command, llama_folder, windows
     assert "nearest plan" not in afterwards
 
 
+@pytest.mark.fresh
 def test_a_fresh_process_loads_an_uneven_result(llama_folder, windows_NT, tmp_path):
     from secateur.checkpoint.verify import fresh_logits
 
