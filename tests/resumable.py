@@ -30,7 +30,16 @@ RECIPES: dict[str, list[str]] = {
         "owl",
     ],
     "taylor channels, global, refitted, blocks fitted": [
-        *["--ratio", "0.3", "--allocation", "global", "--removal", "sparsegpt", "--reconstruct", "block:epochs=1"],
+        *[
+            "--ratio",
+            "0.3",
+            "--allocation",
+            "global",
+            "--removal",
+            "sparsegpt",
+            "--reconstruct",
+            "block:epochs=1,between=1",
+        ],
     ],
     "flap head,channel, biases": ["--criterion", "flap", "--unit", "head,channel", "--ratio", "0.3"],
     "wanda weight, biases, pruned": [

@@ -208,6 +208,41 @@ def test_the_first_block_of_a_range_is_fitted_to_its_own_dense_output(llama, win
     assert errors[0.3][1][0] < errors[0.3][2][0], "the second also inherits the first one's"
 
 
+@pytest.mark.parametrize("blocks", ["0:3", "1:3"])
+def test_what_enters_is_drawn_between_what_pruned_and_dense_blocks_give(llama, windows, blocks, tmp_path, monkeypatch):
+    entered, fit = [], blockwise.Blockwise.fit
+
+    def watched(self, fitted, passage, *args, **kwargs):
+        batches, generator = list(passage.batches), torch.Generator().manual_seed(0)
+        streams = passage.pairs(batches), passage.dense_inputs(batches), self._pairs(passage, batches, generator)
+        entered.append([torch.cat([found[1] for found in stream]) for stream in streams])
+        return fit(self, fitted, passage, *args, **kwargs)
+
+    monkeypatch.setattr(blockwise.Blockwise, "fit", watched)
+    fields = {"criterion": "wanda", "unit": "weight", "calibration": windows, "blocks": blocks}
+    for name, between in (("between", 0.5), ("plain", 0)):
+        method = f"block:rate=0.02,epochs=1,between={between}"
+        secateur.plan(str(llama), out=tmp_path / name, reconstruct=method, **fields)
+        monkeypatch.undo()
+    with torch.no_grad():
+        states = secateur.load(llama)(input_ids=load_file(windows)["input_ids"], output_hidden_states=True)
+    first = int(blocks[0])
+    for place, (pruned_NTD, dense_NTD, drawn_NTD) in enumerate(entered):
+        assert torch.allclose(dense_NTD, states.hidden_states[first + place], atol=1e-5)
+        if place == 0:
+            assert torch.equal(pruned_NTD, drawn_NTD), "nothing was pruned before it"
+            continue
+        ways_NTD = (drawn_NTD - pruned_NTD) / (dense_NTD - pruned_NTD)
+        ways_NT = ways_NTD.median(dim=-1).values  # of a channel that hardly differs it is mostly rounding
+        assert torch.allclose(drawn_NTD, torch.lerp(pruned_NTD, dense_NTD, ways_NT[..., None]), atol=1e-4)
+        assert 0 <= ways_NT.min() < 0.05
+        assert 0.45 < ways_NT.max() <= 0.5001
+    between, plain = (load_plan(tmp_path / name) for name in ("between", "plain"))
+    for index in range(first, 3):
+        same = [torch.equal(plain.numbers(index)[name], one) for name, one in between.numbers(index).items()]
+        assert all(same) if index == first else not any(same)
+
+
 def test_bfloat16_checkpoints_get_rounded_numbers(windows, tmp_path):
     folder = save(tiny_llama().to(torch.bfloat16), tmp_path / "half")
     secateur.prune(

@@ -24,12 +24,17 @@ class Reconstruction(Named, ABC):
     Attributes:
         follows_dense: whether it fits to what the dense model gives after this block; otherwise to what the dense block
             gives for the inputs that pruned blocks before it give.
+        dense_inputs: whether it reads what enters the block in the dense model; for those that follow it.
         rechooses: whether it has masks chosen anew on the way.
     """
 
     flag = "reconstruct"
     follows_dense: ClassVar[bool] = True
     rechooses: ClassVar[bool] = False
+
+    @property
+    def dense_inputs(self) -> bool:
+        return False
 
     @abstractmethod
     def fit(

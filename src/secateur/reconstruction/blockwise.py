@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from pydantic import Field
@@ -26,6 +26,7 @@ class BlockwiseOptions(Options):
     rate: float = Field(default=0.005, gt=0, le=1)
     batch: int = Field(default=1, ge=1, le=1_000_000)
     held_out: float = Field(default=0.125, ge=0, lt=1)
+    between: float = Field(default=0.0, ge=0, le=1)
 
 
 class Blockwise(Reconstruction):
@@ -38,6 +39,10 @@ class Blockwise(Reconstruction):
     error says whether the weights are better than all before, and the best are kept, so that on them no block ends worse
     than the removal left it. ``rate`` is in units of each matrix's root mean square, falling along a cosine;
     ``batch`` windows make a step.
+
+    What the pruned blocks before it do wrong on these windows is in part theirs alone. With ``between`` every token enters, at
+    each step anew, somewhere on the way from what the pruned blocks give to what the dense ones do, up to this part of it;
+    at 1 anywhere. What is held out is judged on what the pruned blocks give.
     """
 
     name = "block"
@@ -49,6 +54,10 @@ class Blockwise(Reconstruction):
         fitted = 1 - chosen.held_out
         looks = 1 + chosen.epochs + len(SHARES)
         return chosen.epochs * 3 * fitted + looks * chosen.held_out
+
+    @property
+    def dense_inputs(self) -> bool:
+        return self.options.between > 0
 
     def fit(
         self, fitted: FittedBlock, passage: Passage, seed: int, choose_again: ChooseAgain | None = None
@@ -70,7 +79,7 @@ class Blockwise(Reconstruction):
         steps = _Steps(self.options.epochs * len(_in_steps(passage, fit, self.options.batch)), self.options.rate)
         for epoch in range(self.options.epochs):
             order = [fit[place] for place in torch.randperm(len(fit), generator=generator)]
-            self._epoch(fitted, passage, order, optimiser, steps, error_of)
+            self._epoch(fitted, passage, order, optimiser, steps, error_of, generator)
             error = best.look()
             passage.advance((epoch + 1) / self.options.epochs)
             if not math.isfinite(error):
@@ -97,10 +106,11 @@ class Blockwise(Reconstruction):
         optimiser: torch.optim.Optimizer,
         steps: _Steps,
         error_of: Error,
+        generator: torch.Generator,
     ) -> None:
         for batches in _in_steps(passage, order, self.options.batch):
             windows = sum(passage.windows[batch] for batch in batches)
-            for batch, x_BTD, target_BTD in passage.pairs(batches):
+            for batch, x_BTD, target_BTD in self._pairs(passage, batches, generator):
                 with torch.enable_grad(), fitted.running():
                     loss = error_of(passage.run(batch, x_BTD), target_BTD)
                     (loss * (len(x_BTD) / windows)).backward()
@@ -108,6 +118,19 @@ class Blockwise(Reconstruction):
             steps.set_rates(optimiser)
             optimiser.step()
             optimiser.zero_grad()
+
+    def _pairs(
+        self, passage: Passage, batches: Sequence[int], generator: torch.Generator
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The passage's pairs, what enters drawn as ``between`` says."""
+        if not self.options.between:
+            yield from passage.pairs(batches)
+            return
+        for (batch, x_BTD, target_BTD), (_, dense_BTD) in zip(
+            passage.pairs(batches), passage.dense_inputs(batches), strict=True
+        ):
+            way_BT1 = self.options.between * torch.rand(*x_BTD.shape[:2], 1, generator=generator)
+            yield batch, torch.lerp(x_BTD, dense_BTD, way_BT1.to(x_BTD)), target_BTD
 
 
 class _Best:

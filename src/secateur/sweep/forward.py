@@ -117,8 +117,8 @@ class ForwardWalk(Walk):
         del statistics, taps, own  # as large as the block's weights may be
         if fit is not None and dense is not None:
             if index > blocks.start and fit.follows_dense:
-                self._on(dense, index, block, calls, lambda batch: done(batch, runs=1))
-            replaced = fit.block(index, block, self._passage(index, block, calls, store, dense, done))
+                self._on(dense, index, block, calls, lambda batch: done(batch, runs=1), keep=fit.dense_inputs)
+            replaced = fit.block(index, block, self._passage(index, block, calls, store, dense, blocks, done))
         if again:
             if replaced:
                 block.load_state_dict(dict(replaced), strict=False, assign=True)
@@ -132,9 +132,10 @@ class ForwardWalk(Walk):
         block: nn.Module,
         calls: BlockCalls,
         done: Callable[[int], None] = lambda batch: None,
+        keep: bool = False,
     ) -> None:
-        """Run all that stands before the block through it, to stand before the next."""
-        for batch, x_BTD in self.stream(store, index):
+        """Run all that stands before the block through it, to stand before the next; ``keep``: and there too."""
+        for batch, x_BTD in self.stream(store, index, keep=keep):
             store.put((index + 1, batch), finite(calls.run(block, index, batch, x_BTD), index))
             done(batch)
 
@@ -164,8 +165,11 @@ class ForwardWalk(Walk):
         calls: BlockCalls,
         store: BoundaryStore,
         dense: BoundaryStore,
+        blocks: range,
         done: _Runs,
     ) -> Passage:
+        before = dense if index > blocks.start else store  # where nothing was pruned yet, both are the same
+
         def pairs(batches: Sequence[int]) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
             entering = store.stream(index, batches, self.placement.arrive, keep=True)
             leaving = dense.stream(index + 1, batches, self.placement.arrive, keep=True)
@@ -178,6 +182,7 @@ class ForwardWalk(Walk):
             windows=[len(ids_BT) for ids_BT in self.ids],
             run=lambda batch, x_BTD: calls.run(block, index, batch, x_BTD),
             pairs=pairs,
+            dense_inputs=lambda batches: before.stream(index, batches, self.placement.arrive, keep=True),
             advance=lambda part: done(-1, runs=1 + part * forwards),
         )
 

@@ -47,6 +47,7 @@ class Passage:
         run: from a micro-batch's number and what enters the block to what the block, as it stands, gives: ``(B, T, D)`` both.
         pairs: streams, for numbers of micro-batches in any order, ``(batch, x_BTD, target_BTD)``: what enters the block
             after the pruned blocks before it, and what it is fitted to.
+        dense_inputs: streams ``(batch, x_BTD)``: what enters the block in the dense model; only where the fit asked for it.
         advance: told what part of the fitting is done.
     """
 
@@ -54,6 +55,7 @@ class Passage:
     windows: Sequence[int]
     run: Callable[[int, torch.Tensor], torch.Tensor]
     pairs: Callable[[Sequence[int]], Iterator[tuple[int, torch.Tensor, torch.Tensor]]]
+    dense_inputs: Callable[[Sequence[int]], Iterator[tuple[int, torch.Tensor]]]
     advance: Callable[[float], None] = lambda part: None
 
 
@@ -67,12 +69,14 @@ class Fit:
         forwards: about what it costs, in plain runs of the block over all windows.
         follows_dense: whether its target is what the dense model gives there; otherwise it is what the dense block gives for
             the inputs that it has.
+        dense_inputs: whether it reads what enters the block in the dense model; for those that follow it.
         gone: blocks that have left the pruned model: what enters one goes on as it is, and it is not visited.
     """
 
     block: Callable[[int, nn.Module, Passage], Mapping[str, torch.Tensor] | None]
     forwards: float
     follows_dense: bool = True
+    dense_inputs: bool = False
     gone: frozenset[int] = frozenset()
 
 
