@@ -39,7 +39,7 @@ class ALPS(Updating):
             return self._fitted(task)
         chosen = self.options
         options = AlpsOptions(rho=chosen.rho, steps=chosen.steps, fit_steps=chosen.fit_steps)
-        hessian_II = task.of(InputSecondMoment).hessian_II()
+        hessian_II = self.hessian_II(task.of(InputSecondMoment))
         found = alps(
             task.weight_OI, hessian_II, task.amount, dampening=chosen.dampening, options=options, name=task.name
         )
@@ -47,7 +47,7 @@ class ALPS(Updating):
 
     def _fitted(self, task: Task) -> Removed:
         """The criterion's mask, and the weights on it fitted."""
-        mask_OI, hessian_II = task.choose(), task.of(InputSecondMoment).hessian_II()
+        mask_OI, hessian_II = task.choose(), self.hessian_II(task.of(InputSecondMoment))
         found = decompose(hessian_II, self.options.dampening, task.name)
         hessian_II.diagonal().add_(found.ridge_I)
         start_OI = task.weight_OI.masked_fill(~mask_OI, 0)

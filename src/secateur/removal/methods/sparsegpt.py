@@ -33,7 +33,7 @@ class SparseGPT(Updating):
         own = task.adaptive and task.amount is not None
         found = sparsegpt(
             task.weight_OI,
-            task.of(InputSecondMoment).hessian_II(),
+            self.hessian_II(task.of(InputSecondMoment)),
             task.amount or Amount(0, "row"),
             mask_OI=None if own else task.choose(),
             block_size=options.block_size,
