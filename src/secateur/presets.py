@@ -14,8 +14,11 @@ REFITTED = "sparsegpt:dampening=0.3"
 Least squares goes as far as the calibration windows say; held back it serves them as well and other text better.
 """
 
-PULLED = "alps:steps=12,rho=0.3,fit_steps=4,dampening=0.1"
-"""ALPS stopped early, and for the same reason held ten times as firmly: at thirty Gemma's masks serve other text worse."""
+PULLED = "alps:steps=12,rho=0.3,fit_steps=4"
+"""ALPS stopped early. For the same reason as cuts it is held more firmly, single weights' masks by more dampening."""
+
+NOISY = f"{PULLED},noise=0.5"
+"""As if inputs came with half as much noise as signal: held by each input's own power it suits models that one part of the mean does not."""
 
 
 def preset_fields(name: str, units: tuple[str, ...]) -> dict[str, Any]:
@@ -43,10 +46,11 @@ def _of_masks(name: str, pattern: bool) -> dict[str, Any]:
         return {"criterion": "wanda"}
     if name == "balanced":
         return {"criterion": "sparsegpt"}
-    best = {"criterion": "sparsegpt", "removal": PULLED, "reconstruct": "block:epochs=4"}
+    best = {"criterion": "sparsegpt"}
     if pattern:  # blocks that differ would not be the pattern that hardware knows
-        return best
-    return best | {"within": "row", "allocation": "sensitivity:windows=4"}
+        return best | {"removal": NOISY, "reconstruct": "block:epochs=4,between=1"}
+    shares = {"within": "row", "allocation": "sensitivity:windows=4"}
+    return best | shares | {"removal": f"{PULLED},dampening=0.1", "reconstruct": "block:epochs=4"}
 
 
 def _of_cuts(name: str, units: tuple[str, ...], masks: bool) -> dict[str, Any]:

@@ -340,13 +340,17 @@ def test_presets_hold_what_a_cut_leaves_nearer_than_sparsegpt(preset):
     assert mixed.options.dampening == DAMPENING, "with masks SparseGPT's own is kept"
 
 
-@pytest.mark.parametrize("unit", ["weight", "2:4"])
-def test_the_best_preset_holds_what_a_mask_leaves_nearer_than_sparsegpt(unit):
-    best, balanced = (
-        recipe_from(model="m", preset=preset, unit=unit).parsed_removal() for preset in ("best", "balanced")
-    )
-    assert (best.name, best.options.dampening) == ("alps", 0.1)
-    assert balanced.options.dampening == DAMPENING
+@pytest.mark.parametrize(
+    ("unit", "dampening", "noise", "between"),
+    [("weight", 0.1, 0, 0), ("2:4", DAMPENING, 0.5, 1), ("4:8", DAMPENING, 0.5, 1)],
+)
+def test_the_best_preset_holds_what_a_mask_leaves_nearer_than_sparsegpt(unit, dampening, noise, between):
+    recipe = recipe_from(model="m", preset="best", unit=unit)
+    removal = recipe.parsed_removal()
+    assert (removal.name, removal.options.dampening, removal.options.noise) == ("alps", dampening, noise)
+    assert f"between={between}" in recipe.reconstruct
+    balanced = recipe_from(model="m", preset="balanced", unit=unit).parsed_removal().options
+    assert (balanced.dampening, balanced.noise) == (DAMPENING, 0)
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.4])
