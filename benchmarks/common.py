@@ -127,6 +127,5 @@ def lead(name: str, best: float, others: Mapping[str, float], dense: float) -> s
     next_best = min(others, key=others.__getitem__)
     share = (others[next_best] - best) / (others[next_best] - dense)
     where = f"{100 * share:.0f} % of the way from there to dense" if share > 0 else "**not ahead**"
-    return (
-        f"* {name}: {BEST} {best:.2f}, next best of {len(others)} others {next_best} {others[next_best]:.2f}; {where}"
-    )
+    after = f"next best of {len(others)} others" if len(others) > 1 else "beside it only"
+    return f"* {name}: {BEST} {best:.2f}, {after} {next_best} {others[next_best]:.2f}; {where}"
