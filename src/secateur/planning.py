@@ -391,7 +391,10 @@ class Planner:
         # Without statistics of the blocks' inputs there is nothing that pruned blocks could change.
         pruned = self.recipe.propagate == "pruned" and bool(self._on_the_way(needs)[0] or method)
         if pruned:
-            fitting = Fit(fit, method.forwards, method.follows_dense, method.dense_inputs, gone) if method else None
+            fitting = None
+            if method:
+                dense = {"follows_dense": method.follows_dense, "dense_inputs": method.dense_inputs}
+                fitting = Fit(fit, method.forwards, gone=gone, **dense)
             self._gathering.sweep().pruned(needs, self.blocks, visit, done=min(missing), fit=fitting)
         else:
             self._gathering.visit_dense(needs, missing, visit)

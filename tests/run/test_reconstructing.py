@@ -218,12 +218,12 @@ def test_what_enters_is_drawn_between_what_pruned_and_dense_blocks_give(llama, w
         entered.append([torch.cat([found[1] for found in stream]) for stream in streams])
         return fit(self, fitted, passage, *args, **kwargs)
 
-    monkeypatch.setattr(blockwise.Blockwise, "fit", watched)
     fields = {"criterion": "wanda", "unit": "weight", "calibration": windows, "blocks": blocks}
-    for name, between in (("between", 0.5), ("plain", 0)):
-        method = f"block:rate=0.02,epochs=1,between={between}"
-        secateur.plan(str(llama), out=tmp_path / name, reconstruct=method, **fields)
-        monkeypatch.undo()
+    method = "block:rate=0.02,epochs=1"
+    with monkeypatch.context() as patched:
+        patched.setattr(blockwise.Blockwise, "fit", watched)
+        secateur.plan(str(llama), out=tmp_path / "between", reconstruct=f"{method},between=0.5", **fields)
+    secateur.plan(str(llama), out=tmp_path / "plain", reconstruct=method, **fields)
     with torch.no_grad():
         states = secateur.load(llama)(input_ids=load_file(windows)["input_ids"], output_hidden_states=True)
     first = int(blocks[0])
